@@ -1,0 +1,51 @@
+# make demo   sets up .venv, trains the demo on real data, prints a table, writes a picture
+# make test   sets up .venv, runs all tests
+# make check  ruff, types, docs
+# make docs   builds the documentation into site/
+# make clean  removes what the others made
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# torch's own threads and as many workers as cores would fight over them.
+TEST_ENV := OMP_NUM_THREADS=1
+
+.PHONY: demo test check docs clean
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/digits_diffusion $(ARGS)
+
+test: $(VENV)/.test
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n auto $(ARGS)
+
+check: $(VENV)/.check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict --quiet
+
+docs: $(VENV)/.check
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python 3.10 or later is needed, this is {sys.version}"'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) torch -e '.[demo]'
+	touch $@
+
+# mmagic's dependencies pin packages that no longer exist; only one of its files is read.
+$(VENV)/.test: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) torch -e '.[demo,peers,test]'
+	$(PIP) --no-deps mmagic
+	touch $@
+
+$(VENV)/.check: $(VENV)/.test
+	$(PIP) -e '.[docs,lint]'
+	touch $@

@@ -1,0 +1,119 @@
+"""Copies of a module to hold an average: no gradients, one copy of the weights at the most."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from polyak._checks import ArgumentError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def copy_module(model: M, device: torch.device | None, dtype: torch.dtype | None) -> M:
+    """Return a deep copy of a module whose parameters need no gradient.
+
+    Each tensor is made once, where and in what dtype it is wanted, and handed to ``deepcopy`` as
+    already copied. So gradients are not copied, and neither are the graphs behind tensors that a
+    module computed and kept, such as the ``weight`` under ``weight_norm``.
+
+    Args:
+        model: the module.
+        device: where the copy goes; None for each tensor's own device.
+        dtype: of the copy's floating-point tensors; None for each tensor's own.
+
+    Raises:
+        ArgumentError: lazy parameters that are not initialised, sharded parameters, or something
+            that cannot be copied; the message names the module and the way out.
+    """
+    memo: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        where = f"{type(module).__name__} at {name!r}" if name else type(module).__name__
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in memo:
+                _refuse(where, key, parameter)
+                if type(parameter) is nn.Parameter:
+                    fresh = _fresh(parameter, device, dtype)
+                    memo[id(parameter)] = nn.Parameter(fresh, requires_grad=False)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in memo:
+                _refuse(where, key, buffer)
+                if type(buffer) is Tensor:
+                    memo[id(buffer)] = _fresh(buffer, device, dtype)
+        _memo_computed(module.__dict__, memo, device, dtype, set())
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        culprit, reason = _culprit(model, error, device, dtype)
+        raise ArgumentError(
+            f"the model cannot be copied: {culprit} refuses ({reason}). Remove it before the "
+            "average is built, give its class a __deepcopy__, or use WeightAverage, which copies "
+            "tensors and no modules."
+        ) from error
+    copied.requires_grad_(False)
+    # Tensors of classes of their own went through deepcopy as they are.
+    if device is not None or dtype is not None:
+        copied.to(device, dtype)
+    for parameter in copied.parameters():
+        parameter.grad = None
+    return copied
+
+
+def _fresh(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
+    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    return torch.empty_like(
+        tensor.detach(), device=device or tensor.device, dtype=wanted, requires_grad=False
+    ).copy_(tensor.detach())
+
+
+def _refuse(where: str, key: str, tensor: Tensor) -> None:
+    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+        raise ArgumentError(
+            f"{key!r} of {where} is not initialised yet. Run one batch through the model, then "
+            "build the average."
+        )
+    if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
+        raise ArgumentError(
+            f"{key!r} of {where} is sharded (a DTensor). Build the averaged module before the "
+            "model is sharded and shard it by the same plan, or use WeightAverage, whose averages "
+            "are sharded as the model is."
+        )
+
+
+def _memo_computed(
+    value: object,
+    memo: dict[int, Any],
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    seen: set[int],
+) -> None:
+    """Enter copies of the non-leaf tensors, which deepcopy refuses, among a module's attributes."""
+    if isinstance(value, Tensor):
+        if not value.is_leaf and id(value) not in memo:
+            memo[id(value)] = _fresh(value, device, dtype)
+    elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+        seen.add(id(value))
+        for item in list(value.values() if isinstance(value, dict) else value):
+            _memo_computed(item, memo, device, dtype, seen)
+
+
+def _culprit(
+    model: nn.Module, error: Exception, device: torch.device | None, dtype: torch.dtype | None
+) -> tuple[str, str]:
+    """Name the deepest module and attribute that cannot be copied."""
+    for name, module in reversed(list(model.named_modules())):
+        for key, value in module.__dict__.items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            try:
+                memo: dict[int, Any] = {id(module): module}
+                _memo_computed(value, memo, device, dtype, set())
+                copy.deepcopy(value, memo)
+            except Exception as reason:
+                where = f" of {name!r}" if name else ""
+                return f"{key!r}{where} ({type(module).__name__})", str(reason)
+    return type(model).__name__, str(error)

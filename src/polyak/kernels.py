@@ -1,0 +1,145 @@
+"""In-place arithmetic over lists of tensors: the only code that knows dtypes and devices.
+
+Nothing here reads a value on the host but `all_finite`, whose answer is one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+"""Dtypes too coarse to hold a slow average: one step of it is less than half their spacing."""
+
+AVERAGED = (*HALF, torch.float32, torch.float64, torch.complex64, torch.complex128)
+"""Dtypes that are averaged; tensors of all others (integers, bools) are copied."""
+
+# A float16's residual is at most half its spacing. Scaled by 2^11 it fits a float16 again.
+_FLOAT16_SCALE = 2048.0
+
+
+def is_averaged(tensor: Tensor) -> bool:
+    """Whether a tensor's dtype can be averaged: floating-point or complex, of 16 bits or more."""
+    return tensor.dtype in AVERAGED
+
+
+def averaging_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that an average of such weights is held in: float32 for halves, else their own."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weights: Sequence[float]) -> None:
+    """``target += weight * (source - target)`` for each triple, in the target's dtype.
+
+    The lerp of torch is exact at both ends and has a fixed point where both are equal, which
+    ``mul_`` followed by ``add_`` has not: that form drifts away from a constant source.
+
+    Args:
+        targets: the averages, of dtypes in `AVERAGED`; not halves, which would never move.
+        sources: as many tensors of the same shapes, of any dtype and on any device. One that
+            stands several times in a row is cast once.
+        weights: the share of each source, in [0, 1].
+    """
+    groups: dict[
+        tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor], list[float]]
+    ] = defaultdict(lambda: ([], [], []))
+    last: tuple[Tensor, Tensor] | None = None
+    for target, source, weight in zip(targets, sources, weights, strict=True):
+        device, dtype = target.device, target.dtype
+        if source.device == device and source.dtype == dtype:
+            group = groups[device, dtype]
+            group[0].append(_real(target))
+            group[1].append(_real(source))
+            group[2].append(weight)
+            continue
+        if (
+            last is None
+            or last[0] is not source
+            or (last[1].device, last[1].dtype) != (device, dtype)
+        ):
+            last = (source, source.to(device, dtype))
+        _real(target).lerp_(_real(last[1]), weight)
+    for group in groups.values():
+        torch._foreach_lerp_(*group)
+
+
+def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """``target[:] = source`` for each pair, whatever their dtypes and devices."""
+    if len(targets) != len(sources):
+        raise ValueError(f"{len(targets)} targets but {len(sources)} sources")
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no floating-point or complex tensor holds an infinity or a NaN.
+
+    Reads every element once and waits for the device.
+    """
+    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        if is_averaged(tensor) and tensor.numel():
+            by_device[tensor.device].append(_real(tensor))
+    # The maximum norm, unlike a sum, cannot overflow by itself.
+    for group in by_device.values():
+        norms = [norm.double() for norm in torch._foreach_norm(group, torch.inf)]
+        if not bool(torch.stack(norms).isfinite().all()):
+            return False
+    return True
+
+
+def squared_distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """Σ (a − b)² over all pairs, added up in float64, one pair at a time."""
+    total = 0.0
+    for a, b in zip(first, second, strict=True):
+        a, b = _real(a), _real(b)
+        total += float((a.double() - b.to(a.device).double()).square().sum())
+    return total
+
+
+def widen(value: Tensor, low: Tensor | None) -> Tensor:
+    """The float32 whose halves are ``value`` and ``low``, in a new tensor.
+
+    Args:
+        value: float16 or bfloat16.
+        low: int16 of the same shape, as written by `narrow_`; None for zeros.
+    """
+    wide = value.float()
+    if low is None:
+        return wide
+    if value.dtype == torch.bfloat16:
+        # The bits are added as integers, since low is signed: value was rounded to nearest.
+        return wide.view(torch.int32).add_(low).view(torch.float32)
+    return wide.add_(low.view(torch.float16).float(), alpha=1 / _FLOAT16_SCALE)
+
+
+def narrow_(exact: Tensor, value: Tensor, low: Tensor) -> None:
+    """Split a float32 into a rounded half and what the rounding left, both written in place.
+
+    A bfloat16 is the upper half of a float32, so that 16 bits hold the rest to the bit. For
+    float16 the rest is a scaled float16: 22 bits of precision in all.
+
+    Args:
+        exact: float32.
+        value: float16 or bfloat16, receives the nearest half.
+        low: int16, receives the rest.
+    """
+    if value.dtype == torch.bfloat16:
+        bits = exact.view(torch.int32)
+        # Ties go up in magnitude rather than to even: the rest then always fits into int16.
+        rounded = bits.add(0x8000).bitwise_and_(-0x10000)
+        # The addition would carry the NaN of all ones, which CUDA makes, over to minus zero.
+        value.copy_(torch.where(exact.isnan(), exact, rounded.view(torch.float32)))
+        low.copy_(bits.sub(rounded))
+    else:
+        value.copy_(exact)
+        rest = exact.sub(value).mul_(_FLOAT16_SCALE)
+        # Beyond float16's range the value is infinite, and so is its average.
+        low.copy_(rest.nan_to_num_(0.0, 0.0, 0.0).half().view(torch.int16))
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -1,0 +1,577 @@
+"""Averages of a model's weights by name, on a clock; no second module is built."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from polyak import _checks, kernels, names
+from polyak._average_state import FORMAT, VERSION, Counters, OneAverage, check_format, fitting
+from polyak._checks import ArgumentError, OnNonfinite, number, whole
+from polyak.schedules import Schedule
+
+__all__ = ["Distance", "WeightAverage"]
+
+Buffers = Literal["copy", "average", "ignore"]
+OnChange = Literal["raise", "saved", "given"]
+
+
+class Distance(NamedTuple):
+    """How far an average is from the live weights, over all averaged parameters."""
+
+    absolute: float
+    """‖average − weights‖₂."""
+    relative: float
+    """The same divided by ‖weights‖₂; infinite where the weights are all zero."""
+
+
+class WeightAverage:
+    """One or several averages of a model's weights, as tensors by canonical name.
+
+        average ← average + w (weights − average),   w = schedule.share(previous n, n)
+
+    with n the clock, which every update advances by the unit that the schedule's lengths are in:
+    1 for steps, the batch size for samples. Nothing of the model but its tensors is copied, so
+    models that are wrapped by DDP, compiled or checkpointed work as they are. Half-precision
+    weights are averaged in float32.
+
+    Args:
+        model: the model whose weights are averaged; plain or wrapped.
+        schedule: how much each sample gets. A list or a mapping of schedules makes several
+            averages from one reading of the weights; methods then take ``which=``, its index or
+            key.
+        device: where the averages are kept; None for each tensor's own device.
+        dtype: of the averages of floating-point tensors, float32 or float64; None for float32
+            where the weights are in half precision and their own dtype elsewhere.
+        buffers: "copy" keeps the model's buffers as they were at the last update, "average"
+            averages floating-point ones and copies the others, "ignore" leaves them out.
+        every: of that many updates the first is averaged; all advance the clock.
+        start: the clock after which averaging begins and the schedule's clock is 0. Until then
+            each update copies the weights.
+        include: glob or globs of canonical names; only tensors that match one are averaged.
+        exclude: glob or globs of canonical names; tensors that match one are left out.
+        trainable_only: whether parameters that need no gradient are left out.
+        on_nonfinite: what an update does when the weights hold an infinity or a NaN: "propagate"
+            averages them, "skip" advances the clock only and counts the update in ``skipped``,
+            "raise" raises. The last two wait for the device.
+
+    Raises:
+        ArgumentError: an argument out of range or of a wrong type, a pattern that matches no
+            name, or nothing left to average.
+
+    Example:
+        >>> import polyak
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> average = polyak.WeightAverage(model, polyak.Uniform())
+        >>> for weight in (1.0, 2.0, 6.0):
+        ...     _ = nn.init.constant_(model.weight, weight)
+        ...     average.update(model)
+        >>> with average.applied_to(model):
+        ...     model.weight.item()
+        3.0
+        >>> model.weight.item()
+        6.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule | Sequence[Schedule] | Mapping[str, Schedule],
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        buffers: Buffers = "copy",
+        every: int = 1,
+        start: float = 0,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        trainable_only: bool = False,
+        on_nonfinite: OnNonfinite = "propagate",
+    ) -> None:
+        _checks.module("model", model)
+        schedules = _named(schedule)
+        kept = _checks.device(device)
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ArgumentError(
+                f"dtype must be torch.float32, torch.float64 or None, but got {dtype!r}: "
+                "an average in half precision would stop moving"
+            )
+        self._buffers = _checks.one_of("buffers", buffers, get_args(Buffers))
+        self._every = whole("every", every, at_least=1)
+        number("start", start, at_least=0)
+        self._start = start
+        self._include = names.patterns("include", include)
+        self._exclude = names.patterns("exclude", exclude)
+        self._trainable_only = _checks.flag("trainable_only", trainable_only)
+        self._on_nonfinite = _checks.on_nonfinite(on_nonfinite)
+
+        entries = names.select(names.collect(model), self._include, self._exclude)
+        entries = {n: e for n, e in entries.items() if self._expects(e)}
+        if self._trainable_only:
+            entries = {
+                n: e for n, e in entries.items() if e.kind == "buffer" or e.tensor.requires_grad
+            }
+        if not any(e.kind == "parameter" for e in entries.values()) and buffers != "average":
+            raise ArgumentError(
+                "no parameter is left to average: "
+                f"include={include!r}, exclude={exclude!r}, trainable_only={trainable_only!r}"
+            )
+        # The selection, without the model's own tensors, which would be kept alive.
+        self._entries: dict[str, names.Entry] = {}
+        averaged: dict[str, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}
+        for name, entry in entries.items():
+            source = entry.tensor.detach()
+            if source.is_floating_point() and not kernels.is_averaged(source):
+                raise ArgumentError(
+                    f"{name!r} is {source.dtype}, which cannot be averaged; leave it out "
+                    "by exclude="
+                )
+            if self._is_averaged(entry):
+                wanted = kernels.averaging_dtype(source.dtype)
+                if dtype is not None and source.is_floating_point():
+                    wanted = dtype
+                averaged[name] = _like(source, wanted, kept)
+            else:
+                self._copies[name] = _like(source, source.dtype, kept)
+        first, *others = schedules
+        self._averages = {first: OneAverage(schedules[first], averaged)}
+        for key in others:
+            clones = {name: tensor.clone() for name, tensor in averaged.items()}
+            self._averages[key] = OneAverage(schedules[key], clones)
+        for name, entry in entries.items():
+            tensor = averaged[name] if name in averaged else self._copies[name]
+            self._entries[name] = names.Entry(
+                name, tensor, entry.kind, entry.persistent, entry.ties
+            )
+        self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
+        self._counters = Counters()
+        self._applied = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the averages; for a list of schedules, their indices as strings."""
+        return tuple(self._averages)
+
+    @property
+    def clock(self) -> float:
+        """The clock: the sum of what all updates advanced it by."""
+        return self._counters.clock
+
+    @property
+    def samples(self) -> int:
+        """Samples averaged so far; 0 until the clock has passed ``start``."""
+        return self._counters.samples
+
+    @property
+    def skipped(self) -> int:
+        """Updates skipped because the weights were not finite."""
+        return self._counters.skipped
+
+    def schedule(self, which: str | int | None = None) -> Schedule:
+        """Return the schedule of an average."""
+        return self._average(which).schedule
+
+    @torch.no_grad()
+    def update(self, model: nn.Module | None = None, *, advance: float = 1) -> None:
+        """Advance the clock and take the model's weights into the averages.
+
+        Args:
+            model: the model that is trained; None for the one that the average was built from.
+            advance: what the clock advances by, in the unit of the schedule's lengths: 1 for
+                steps, the batch size for samples. Above 0.
+
+        Raises:
+            ArgumentError: ``advance`` that is not a number above 0.
+            NameMismatchError: the model's names or shapes are not those of the average.
+            FloatingPointError: with ``on_nonfinite="raise"``, weights that are not finite.
+            RuntimeError: the average is applied to a model at the moment.
+        """
+        number("advance", advance, above=0)
+        if self._applied:
+            raise RuntimeError(
+                "update() inside applied_to(): the model holds averaged weights, which must not "
+                "be averaged again. Leave the with-block first."
+            )
+        clock = self._counters.clock + advance
+        if self._counters.calls % self._every == 0:
+            pairs = self._pair(self._source(model))
+            finite = self._on_nonfinite == "propagate" or kernels.all_finite(
+                p.source.detach() for p in pairs
+            )
+            if finite:
+                self._take(pairs, clock)
+            elif self._on_nonfinite == "raise":
+                bad = [p.name for p in pairs if not kernels.all_finite([p.source.detach()])]
+                raise FloatingPointError(
+                    f"{bad[0]!r}{f' and {len(bad) - 1} more' * (len(bad) > 1)} is not finite; the "
+                    'average is unchanged. on_nonfinite="skip" passes over such updates.'
+                )
+            else:
+                self._counters.skipped += 1
+        self._counters.clock = clock
+        self._counters.calls += 1
+
+    def _take(self, pairs: list[names.Pair], clock: float) -> None:
+        local = clock - self._start
+        previous = (
+            None if self._counters.averaged_at is None else self._counters.averaged_at - self._start
+        )
+        shares = {
+            key: average.schedule.share(previous, local) if local > 0 else 1.0
+            for key, average in self._averages.items()
+        }
+        targets, sources, weights = [], [], []
+        fresh: list[tuple[Tensor, Tensor]] = []
+        for p in pairs:
+            source = p.source.detach()
+            if p.name in self._copies:
+                fresh.append((self._copies[p.name], source))
+                continue
+            for key, average in self._averages.items():
+                if shares[key] == 1.0:
+                    # A copy also where the average is not finite, which no lerp would leave.
+                    fresh.append((average.tensors[p.name], source))
+                else:
+                    targets.append(average.tensors[p.name])
+                    sources.append(source)
+                    weights.append(shares[key])
+        kernels.lerp_(targets, sources, weights)
+        kernels.copy_([target for target, _ in fresh], [source for _, source in fresh])
+        self._counters.filled = True
+        if local > 0:
+            self._counters.samples += 1
+            self._counters.averaged_at = clock
+            for key, average in self._averages.items():
+                kept = 0.0 if shares[key] == 1.0 else (1 - shares[key]) ** 2 * average.squares
+                average.squares = kept + shares[key] ** 2
+
+    def attach(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module | None = None,
+        *,
+        advance: float | Callable[[], float] = 1,
+    ) -> RemovableHandle:
+        """Update after every step of an optimizer, by itself.
+
+        Accumulated gradients make one step and so one update. A step that a GradScaler skips,
+        for gradients that are not finite, makes none.
+
+        Args:
+            optimizer: the optimizer that trains the model.
+            model: the model; None for the one that the average was built from.
+            advance: what each update advances the clock by, or a function that returns it.
+
+        Returns:
+            torch's handle; its ``remove()`` ends the updates.
+
+        Raises:
+            TypeError: ``optimizer`` without step hooks.
+
+        Example:
+            >>> import polyak
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> average = polyak.WeightAverage(model, polyak.Exponential(half_life=100))
+            >>> handle = average.attach(optimizer)
+            >>> model(torch.ones(3, 2)).sum().backward()
+            >>> optimizer.step()
+            >>> average.samples
+            1
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"attach() needs a torch.optim.Optimizer, but got {type(optimizer).__name__}. "
+                "Call update() after its step instead."
+            )
+        if not callable(advance):
+            number("advance", advance, above=0)
+        source = self._source(model)
+
+        def after_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:
+            # A fused optimizer is called for skipped steps too, with the scaler's verdict on it.
+            found_inf = getattr(stepped, "found_inf", None)
+            if found_inf is not None and bool(found_inf):
+                return
+            self.update(source, advance=advance() if callable(advance) else advance)
+
+        return optimizer.register_step_post_hook(after_step)
+
+    @contextmanager
+    def applied_to(
+        self, model: nn.Module | None = None, which: str | int | None = None
+    ) -> Iterator[nn.Module]:
+        """Put the averaged weights into a model for the length of a with-block.
+
+        The model's own weights come back bit for bit, also when the block raises.
+
+        Args:
+            model: the model; None for the one that the average was built from.
+            which: the key or index of the average, where there are several.
+
+        Yields:
+            The model.
+
+        Raises:
+            RuntimeError: the average has no sample yet, or is applied already.
+            NameMismatchError: the model's names or shapes are not those of the average.
+        """
+        if self._applied:
+            raise RuntimeError(
+                "applied_to() inside applied_to(): the average is applied already. "
+                "Leave the outer with-block first."
+            )
+        chosen = self._source(model)
+        with torch.no_grad():
+            tensors = self._filled_tensors(which)
+            pairs = self._pair(chosen)
+            own = {p.name: p.source.detach().clone() for p in pairs}
+        self._applied = True
+        try:
+            with torch.no_grad():
+                kernels.copy_([p.source for p in pairs], [tensors[p.name] for p in pairs])
+            yield chosen
+        finally:
+            self._applied = False
+            with torch.no_grad():
+                # Looked up anew: the block may have moved the model, which replaces its buffers.
+                now = names.collect(chosen)
+                live = [now[p.name].tensor if p.name in now else p.source for p in pairs]
+                kernels.copy_(live, [own[p.name] for p in pairs])
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module | None = None, which: str | int | None = None) -> None:
+        """Write the averaged weights into a model, for good.
+
+        Args:
+            model: the model; None for the one that the average was built from.
+            which: the key or index of the average, where there are several.
+
+        Raises:
+            RuntimeError: the average has no sample yet, or is applied to a model.
+            NameMismatchError: the model's names or shapes are not those of the average.
+        """
+        if self._applied:
+            raise RuntimeError("copy_to() inside applied_to(): leave the with-block first")
+        tensors = self._filled_tensors(which)
+        pairs = self._pair(self._source(model))
+        kernels.copy_([p.source for p in pairs], [tensors[p.name] for p in pairs])
+
+    def tensors(self, which: str | int | None = None) -> dict[str, Tensor]:
+        """Return the average as a state dict of the plain model; the tensors are live.
+
+        Tied tensors stand under each of their names, buffers that are not persistent nowhere.
+
+        Args:
+            which: the key or index of the average, where there are several.
+
+        Raises:
+            RuntimeError: the average has no sample yet.
+        """
+        tensors = self._filled_tensors(which)
+        return {
+            name: tensors[entry.name]
+            for entry in self._entries.values()
+            if entry.persistent
+            for name in (entry.name, *entry.ties)
+        }
+
+    def effective_window(self, which: str | int | None = None) -> float:
+        """Return 1 / Σ p², p the weights of the samples: how many equal ones would count as much.
+
+        The variance of the noise in an average is that of one sample divided by this number
+        (Kish's effective sample size). It is NaN while there is no sample.
+        """
+        return 1 / self._average(which).squares
+
+    @torch.no_grad()
+    def distance(self, model: nn.Module | None = None, which: str | int | None = None) -> Distance:
+        """Return how far the averaged parameters are from the model's.
+
+        Reads all weights and waits for the device.
+
+        Args:
+            model: the model; None for the one that the average was built from.
+            which: the key or index of the average, where there are several.
+
+        Raises:
+            RuntimeError: the average has no sample yet.
+            NameMismatchError: the model's names or shapes are not those of the average.
+        """
+        tensors = self._filled_tensors(which)
+        pairs = [p for p in self._pair(self._source(model)) if p.kind == "parameter"]
+        live = [p.source.detach() for p in pairs]
+        absolute = math.sqrt(kernels.squared_distance([tensors[p.name] for p in pairs], live))
+        norm = math.sqrt(kernels.squared_distance(live, [x.new_zeros(()) for x in live]))
+        return Distance(absolute, absolute / norm if norm else math.inf)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages, schedules, clock and counters as plain tensors and values.
+
+        The same whether or not the average is applied to a model. Tensors are live, as in
+        ``Module.state_dict``.
+        """
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "counters": asdict(self._counters),
+            "start": self._start,
+            "every": self._every,
+            "averages": {
+                key: {
+                    "schedule": average.schedule.to_dict(),
+                    "squares": average.squares,
+                    "tensors": self._persistent(average.tensors),
+                }
+                for key, average in self._averages.items()
+            },
+            "copies": self._persistent(self._copies),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any], on_change: OnChange = "raise") -> None:
+        """Load what `state_dict` returned; everything is checked before anything is written.
+
+        Args:
+            state_dict: the state.
+            on_change: what to do where the schedules, ``start`` or ``every`` of the state differ
+                from those given here: "raise", or go on with the "saved" or the "given" ones.
+
+        Raises:
+            ValueError: not a state of this class, or one of a later version.
+            NameMismatchError: names, shapes or averages that differ from those here.
+            ArgumentError: a dtype that would lose precision, or settings that differ.
+        """
+        _checks.one_of("on_change", on_change, get_args(OnChange))
+        if self._applied:
+            raise RuntimeError("load_state_dict() inside applied_to(): leave the with-block first")
+        check_format(state_dict)
+        saved = state_dict["averages"]
+        if saved.keys() != self._averages.keys():
+            raise names.NameMismatchError(
+                f"the state has the averages {sorted(saved)}, this object {sorted(self._averages)}"
+            )
+        copies = self._persistent(self._copies)
+        loads = fitting("copied buffers", copies, state_dict.get("copies", {}))
+        changes = []
+        schedules = {}
+        for key, average in self._averages.items():
+            mine = self._persistent(average.tensors)
+            loads += fitting(f"average {key!r}", mine, saved[key].get("tensors", {}))
+            schedules[key] = Schedule.from_dict(saved[key]["schedule"])
+            if schedules[key] != average.schedule:
+                changes.append(
+                    f"schedule {key!r}: {schedules[key]} saved, {average.schedule} given"
+                )
+        for name, given in (("start", self._start), ("every", self._every)):
+            if state_dict[name] != given:
+                changes.append(f"{name}: {state_dict[name]} saved, {given} given")
+        if changes and on_change == "raise":
+            raise ArgumentError(
+                "the settings changed:\n  "
+                + "\n  ".join(changes)
+                + '\nPass on_change="saved" or on_change="given" to go on with either.'
+            )
+        counters = Counters(**state_dict["counters"])
+        kernels.copy_([target for target, _ in loads], [source for _, source in loads])
+        for key, average in self._averages.items():
+            average.squares = saved[key]["squares"]
+            if on_change == "saved":
+                average.schedule = schedules[key]
+        if on_change == "saved":
+            self._start, self._every = state_dict["start"], state_dict["every"]
+        self._counters = counters
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._applied:
+            raise RuntimeError("cannot copy or pickle an average inside applied_to()")
+        return {**self.__dict__, "_model": None}
+
+    def __repr__(self) -> str:
+        schedules = ", ".join(f"{k}={a.schedule}" for k, a in self._averages.items())
+        return (
+            f"{type(self).__name__}({schedules}; {len(self._entries)} tensors, "
+            f"clock {self._counters.clock:g}, {self._counters.samples} samples)"
+        )
+
+    def _average(self, which: str | int | None) -> OneAverage:
+        if which is None:
+            if len(self._averages) > 1:
+                raise ArgumentError(f"which= must say one of {list(self._averages)}")
+            return next(iter(self._averages.values()))
+        key = str(which)
+        if key not in self._averages:
+            raise ArgumentError(f"which={which!r} is none of {list(self._averages)}")
+        return self._averages[key]
+
+    def _filled_tensors(self, which: str | int | None) -> dict[str, Tensor]:
+        average = self._average(which)
+        if not self._counters.filled:
+            raise RuntimeError(
+                "the average has no sample yet: call update() first. Applying it would overwrite "
+                "the model's weights with those it was built from."
+            )
+        return {**self._copies, **average.tensors}
+
+    def _source(self, model: nn.Module | None) -> nn.Module:
+        if model is not None:
+            return _checks.module("model", model)
+        remembered = self._model() if self._model is not None else None
+        if remembered is None:
+            raise ArgumentError(
+                "model must be given: the one that the average was built from is gone, or the "
+                "average was copied or unpickled"
+            )
+        return remembered
+
+    def _pair(self, model: nn.Module) -> list[names.Pair]:
+        return names.pair(
+            self._entries, model, lambda entry: not self._trainable_only and self._expects(entry)
+        )
+
+    def _expects(self, entry: names.Entry) -> bool:
+        wanted = entry.kind == "parameter" or self._buffers != "ignore"
+        return wanted and names.matches(entry, self._include, self._exclude)
+
+    def _is_averaged(self, entry: names.Entry) -> bool:
+        wanted = entry.kind == "parameter" or self._buffers == "average"
+        return wanted and kernels.is_averaged(entry.tensor)
+
+    def _persistent(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t for name, t in tensors.items() if self._entries[name].persistent}
+
+
+def _named(
+    schedule: Schedule | Sequence[Schedule] | Mapping[str, Schedule],
+) -> dict[str, Schedule]:
+    named: dict[Any, Any] = {}
+    if isinstance(schedule, Schedule):
+        named = {"0": schedule}
+    elif isinstance(schedule, Mapping):
+        named = dict(schedule)
+    elif isinstance(schedule, (list, tuple)):
+        named = {str(index): one for index, one in enumerate(schedule)}
+    if not named or not all(
+        isinstance(key, str) and isinstance(one, Schedule) for key, one in named.items()
+    ):
+        raise ArgumentError(
+            "schedule must be a Schedule, a list or a mapping of them, such as "
+            f"Exponential(half_life=10_000), but got {schedule!r}"
+        )
+    return named
+
+
+def _like(source: Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    with torch.no_grad():
+        target = torch.empty_like(source, dtype=dtype, device=device or source.device)
+        return target.copy_(source)
