@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +30,9 @@ class BaseAveragedModel(nn.Module):
     The first update copies the model's weights, and so does every one up to ``start_iter``; from
     then on each ``interval``-th update averages. Tensors are matched by name: wrappers such as DDP
     and ``torch.compile`` are understood, and any other difference raises. Floating-point and
-    complex tensors are averaged, all others copied. Averages in float16 and bfloat16 are as exact
-    as in float32: the bits that the dtype cannot hold are kept beside the module and in the state
-    dict, under ``low_bits.``.
+    complex tensors are averaged, all others copied. Averages in bfloat16 are as exact as in
+    float32, those in float16 to 22 bits: what the dtype cannot hold is kept beside the module and
+    in the state dict, under ``low_bits.``.
 
     The copy keeps the train or eval mode that the model has when it is built; ``eval()`` on the
     average lasts across updates.
@@ -80,6 +79,7 @@ class BaseAveragedModel(nn.Module):
 
     steps: Tensor
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -124,6 +124,7 @@ class BaseAveragedModel(nn.Module):
         self.register_buffer("steps", torch.tensor(0, dtype=torch.long, device=kept))
         self._kept_device = kept
         self._low_bits = LowBits()
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
         self._read: tuple[Tensor, int, int] | None = None
         for name, entry in self._entries().items():
             if entry.tensor.is_floating_point() and not kernels.is_averaged(entry.tensor):
@@ -154,6 +155,7 @@ class BaseAveragedModel(nn.Module):
         """The averaged tensors by name, live: parameters, and buffers with ``update_buffers``."""
         return {name: entry.tensor.data for name, entry in self._averaged(self._entries()).items()}
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Take the model's weights into the average.
@@ -183,6 +185,7 @@ class BaseAveragedModel(nn.Module):
         self.steps += 1
         self._read = (self.steps, self.steps._version, count + self.start_iter + 1)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def sync_buffers(self, model: nn.Module) -> None:
         """Copy the buffers of ``model`` into the average.
@@ -196,13 +199,13 @@ class BaseAveragedModel(nn.Module):
             NameMismatchError: the model's names or shapes are not those of the average.
         """
         if self.update_buffers:
-            warnings.warn(
+            _checks.warn_user(
                 "update_buffers is set: update_parameters averages the buffers, and "
-                "sync_buffers now overwrites that average with the model's buffers",
-                stacklevel=3,
+                "sync_buffers now overwrites that average with the model's buffers"
             )
         self._copy([p for p in names.pair(self._entries(), model) if p.kind == "buffer"])
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def sync_parameters(self, model: nn.Module) -> None:
         """Copy the parameters and buffers of ``model`` into the average.
@@ -269,8 +272,13 @@ class BaseAveragedModel(nn.Module):
         An average stays on the device that was asked for, and keeps its precision through casts.
         """
         kept = self._kept_device
-        before = {n: e.tensor.detach() for n, e in self._averaged(self._entries()).items()}
-        lows = self._low_bits.valid(self._entries())
+        entries = self._averaged(self._entries())
+        lows = self._low_bits.valid(entries)
+        # Under all names, since moving may cut ties that are only one memory.
+        before = {
+            name: (entry.tensor.detach(), lows.get(entry.name))
+            for name, entry in names.all_names(entries).items()
+        }
 
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -279,7 +287,7 @@ class BaseAveragedModel(nn.Module):
             return tensor.to(kept, moved.dtype)
 
         super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
-        self._low_bits.follow(before, lows, self._entries())
+        self._low_bits.follow(before, self._entries())
         return self
 
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
@@ -300,8 +308,14 @@ class BaseAveragedModel(nn.Module):
     # State.
 
     def __getstate__(self) -> dict[str, Any]:
-        # An object's identity does not outlive a copy.
-        return {**self.__dict__, "_read": None}
+        # Versions and identities of tensors do not outlive a copy.
+        low_bits = self._low_bits.copied(self._entries())
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_read": None, "_low_bits": low_bits}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._low_bits.settle(self._entries())
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -353,16 +367,16 @@ class BaseAveragedModel(nn.Module):
         if matched and counter not in state_dict:
             settled = self.start_iter + self._settled()
             state_dict[counter] = torch.tensor(settled)
-            warnings.warn(
+            _checks.warn_user(
                 f"{counter!r} is missing from the state dict: the average was loaded and its "
                 f"counter set to {settled}, so that it is not overwritten by the next update. "
-                f"Set it by hand if the true count is known.",
-                stacklevel=4,
+                "Set it by hand if the true count is known."
             )
         for name, entry in self._averaged(self._entries()).items():
-            key = f"{prefix}module.{own.get(name, name)}"
-            low_key = f"{prefix}{LOW_BITS}{name}"
-            self._low_bits.load(state_dict, name, entry.tensor, key, low_key)
+            tied = (name, *entry.ties)
+            keys = [f"{prefix}module.{own.get(one, one)}" for one in tied]
+            low_keys = [f"{prefix}{LOW_BITS}{one}" for one in tied]
+            self._low_bits.load(state_dict, name, entry.tensor, keys, low_keys)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -386,9 +400,6 @@ class ScheduledAverage(BaseAveragedModel):
         >>> average.share(3)
         0.5
     """
-
-    settles: ClassVar[bool] = True
-    """Whether the share reaches a final value and stays there."""
 
     @abstractmethod
     def share(self, steps: int) -> float:
@@ -427,14 +438,19 @@ class ScheduledAverage(BaseAveragedModel):
         )
 
     def _settled(self) -> int:
-        if not self.settles:
+        final = self.share(_NEVER)
+        if self.share(_NEVER // 2) != final:
             return 1
         low, high = 0, _NEVER
-        final = self.share(_NEVER)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self.share(middle) == final else (middle, high)
         return high
+
+
+def _after_load(module: BaseAveragedModel, incompatible_keys: object) -> None:
+    # A function and no method, since a hook is copied and pickled with its module.
+    module._low_bits.settle(module._entries())
 
 
 def _split(pairs: list[names.Pair]) -> tuple[list[names.Pair], list[names.Pair]]:

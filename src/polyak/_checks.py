@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
-from typing import Literal, get_args
+import sys
+import warnings
+from types import FrameType
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -67,6 +71,13 @@ def whole(name: str, value: object, *, at_least: int) -> int:
     return result
 
 
+def plain(value: Any) -> Any:
+    """Return a number of numpy or the like as a Python number, and all else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
 def flag(name: str, value: object) -> bool:
     """Return ``value`` if it is a bool, or raise `ArgumentError`."""
     if not isinstance(value, bool):
@@ -85,6 +96,18 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> str:
 def on_nonfinite(value: object) -> OnNonfinite:
     """Return ``value`` if it is a policy for non-finite weights, or raise `ArgumentError`."""
     return one_of("on_nonfinite", value, get_args(OnNonfinite))  # type: ignore[return-value]
+
+
+def warn_user(message: str) -> None:
+    """Warn with the line of the first caller outside this package and torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _package(frame) in ("polyak", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).split(".")[0]
 
 
 def device(value: object) -> torch.device | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,21 +23,32 @@ class LowBits:
     """
 
     def __init__(self) -> None:
-        # name → (low bits, version of the tensor they belong to; None: trusted at the next look)
-        self._kept: dict[str, tuple[Tensor, int | None]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copied tensor counts its versions anew.
-        return {"_kept": {name: (low, None) for name, (low, _) in self._kept.items()}}
+        # name → low bits, the dtype they belong to, and the tensor's version (None: not known yet)
+        self._kept: dict[str, tuple[Tensor, torch.dtype, int | None]] = {}
 
     def get(self, name: str, tensor: Tensor) -> Tensor | None:
         """Return the low bits of ``tensor``, or None if they are zero."""
-        low, version = self._kept.get(name, (None, None))
-        if low is None or low.shape != tensor.shape or tensor.dtype not in kernels.HALF:
+        low, dtype, version = self._kept.get(name, (None, None, None))
+        if low is None or low.shape != tensor.shape or tensor.dtype != dtype:
             return None
         if version is not None and version != tensor._version:
             return None
         return low.to(tensor.device)
+
+    def copied(self, entries: Mapping[str, Entry]) -> LowBits:
+        """Return what a copy of the module takes along; `settle` has to follow."""
+        other = LowBits()
+        for name, low in self.valid(entries).items():
+            other._kept[name] = (low, entries[name].tensor.dtype, None)
+        return other
+
+    def settle(self, entries: Mapping[str, Entry]) -> None:
+        """Take the tensors as they are now for those that the low bits belong to."""
+        for name, low in self.valid(entries).items():
+            self._keep(name, low, entries[name].tensor)
+
+    def _keep(self, name: str, low: Tensor, tensor: Tensor) -> None:
+        self._kept[name] = (low, tensor.dtype, tensor._version)
 
     def valid(self, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         """Return the low bits that are not zero, by name."""
@@ -55,7 +66,7 @@ class LowBits:
         """Write ``exact`` into a tensor of half precision and keep the rest."""
         low = torch.empty_like(tensor, dtype=torch.int16, requires_grad=False)
         kernels.narrow_(exact.detach().to(tensor.device, torch.float32), tensor.detach(), low)
-        self._kept[name] = (low, tensor._version)
+        self._keep(name, low, tensor)
 
     def update(self, pairs: list[Pair], update: Callable[[Tensor, Tensor], None]) -> None:
         """Apply ``update(average, source)`` in float32 to the pairs, whose targets are halves."""
@@ -66,25 +77,26 @@ class LowBits:
             if low is None:
                 low = torch.empty_like(value, dtype=torch.int16)
             kernels.narrow_(exact, value, low)
-            self._kept[p.name] = (low, p.target._version)
+            self._keep(p.name, low, p.target)
 
     def follow(
-        self, before: Mapping[str, Tensor], lows: Mapping[str, Tensor], now: Mapping[str, Entry]
+        self, before: Mapping[str, tuple[Tensor, Tensor | None]], now: Mapping[str, Entry]
     ) -> None:
         """Carry precision through a move or cast of the module.
 
         Args:
-            before: the averages as they were.
-            lows: the low bits as they were, from `valid`.
+            before: the averages and their low bits as they were.
             now: the module's entries after the move.
         """
         self._kept = {}
-        for name, old in before.items():
-            new, low = now[name].tensor, lows.get(name)
+        for name, (old, low) in before.items():
+            if name not in now:
+                continue
+            new = now[name].tensor
             if old.is_meta or new.is_meta or not old.is_floating_point():
                 continue
             if low is not None and old.dtype == new.dtype:
-                self._kept[name] = (low.to(new.device), new._version)
+                self._keep(name, low.to(new.device), new)
             elif old.dtype != new.dtype and (low is not None or new.dtype in kernels.HALF):
                 exact = old if low is None else kernels.widen(old, low)
                 if new.dtype in kernels.HALF:
@@ -93,35 +105,49 @@ class LowBits:
                     new.detach().copy_(exact)
 
     def load(
-        self, state_dict: dict[str, Any], name: str, target: Tensor, key: str, low_key: str
+        self,
+        state_dict: dict[str, Any],
+        name: str,
+        target: Tensor,
+        keys: Sequence[str],
+        low_keys: Sequence[str],
     ) -> None:
         """Take one tensor's low bits out of a state dict, before its module is loaded.
 
         A value whose precision the target, or a value without low bits, could not hold is
-        replaced in the state dict so that nothing is lost.
+        replaced in the state dict so that nothing is lost. `settle` has to follow the loading.
 
         Args:
             state_dict: the state dict, which is changed.
             name: the tensor's name.
             target: the tensor that will be loaded.
-            key: where its value stands in the state dict.
-            low_key: where its low bits stand, if anywhere.
+            keys: where its value stands in the state dict: under its name and those of its ties.
+            low_keys: where its low bits stand, if anywhere: under the same names.
         """
-        value, low = state_dict.get(key), state_dict.get(low_key)
-        if not isinstance(value, Tensor) or value.shape != target.shape:
+        values = [state_dict[key] for key in keys if isinstance(state_dict.get(key), Tensor)]
+        lows = [state_dict[key] for key in low_keys if isinstance(state_dict.get(key), Tensor)]
+        if not values or any(value.shape != target.shape for value in values):
             return
-        if low is not None and (low.dtype != torch.int16 or low.shape != value.shape):
+        value = values[0].detach()
+        if any(low.dtype != torch.int16 or low.shape != value.shape for low in lows):
             return
-        state_dict.pop(low_key, None)
+        for key in low_keys:
+            state_dict.pop(key, None)
         self.drop([name])
-        value = value.detach()
+        if not all(other is values[0] or torch.equal(other, value) for other in values):
+            # Tied here but not there: the last one loaded wins, and its low bits are not known.
+            return
+        low = lows[-1] if lows else None
+        loaded = value
         if low is not None and value.dtype in kernels.HALF and value.dtype != target.dtype:
-            value = state_dict[key] = kernels.widen(value, low.to(value.device))
+            loaded = kernels.widen(value, low.to(value.device))
             low = None
-        if target.dtype in kernels.HALF and value.dtype != target.dtype:
-            low = torch.empty_like(value, dtype=torch.int16)
-            state_dict[key] = torch.empty_like(value, dtype=target.dtype)
-            kernels.narrow_(value.float(), state_dict[key], low)
+        if target.dtype in kernels.HALF and loaded.dtype != target.dtype:
+            exact = loaded.float()
+            low = torch.empty_like(exact, dtype=torch.int16)
+            loaded = torch.empty_like(exact, dtype=target.dtype)
+            kernels.narrow_(exact, loaded, low)
+        if loaded is not value:
+            state_dict.update({key: loaded for key in keys if key in state_dict})
         if target.dtype in kernels.HALF and low is not None:
-            # The module is loaded after this, so the version is not known yet.
-            self._kept[name] = (low.to(target.device, copy=True), None)
+            self._kept[name] = (low.to(target.device, copy=True), target.dtype, None)

@@ -14,6 +14,8 @@ from polyak._checks import ArgumentError
 M = TypeVar("M", bound=nn.Module)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def copy_module(model: M, device: torch.device | None, dtype: torch.dtype | None) -> M:
     """Return a deep copy of a module whose parameters need no gradient.
 

@@ -6,13 +6,11 @@ mmagic and mmengine".
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import nn
 
 from polyak._base_averaged_model import BaseAveragedModel, ScheduledAverage
-from polyak._checks import OnNonfinite, number
+from polyak._checks import OnNonfinite, number, warn_user
 from polyak.formulas import annealed_momentum, ramp_up_decay
 from polyak.schedules import Uniform
 
@@ -47,8 +45,6 @@ class StochasticWeightAverage(ScheduledAverage):
         Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
         arXiv 1803.05407; the class of that name in open-mmlab/mmengine.
     """
-
-    settles = False
 
     def share(self, steps: int) -> float:
         """Return 1 / (k + 1), with k = ``steps // interval`` samples averaged so far."""
@@ -113,11 +109,10 @@ class ExponentialMovingAverage(ScheduledAverage):
             on_nonfinite=on_nonfinite,
         )
         if momentum > 0.5:
-            warnings.warn(
+            warn_user(
                 "The value of momentum in EMA is usually a small number, unlike the momentum of "
                 f"an optimizer or a decay, but got {momentum}. For a decay of {momentum}, pass "
-                f"momentum={1 - momentum:.6g}.",
-                stacklevel=2,
+                f"momentum={1 - momentum:.6g}."
             )
         self.momentum = momentum
 
@@ -254,7 +249,7 @@ class RampUpEMA(ScheduledAverage):
 
     @staticmethod
     def rampup(
-        steps: int,
+        steps: float | torch.Tensor,
         ema_kimg: float = 10,
         ema_rampup: float | None = 0.05,
         batch_size: float = 4,
@@ -276,7 +271,8 @@ class RampUpEMA(ScheduledAverage):
             >>> RampUpEMA.rampup(0, batch_size=32)
             9.5367431640625e-07
         """
-        seen = (int(steps) + 1) * batch_size
+        taken = steps.item() if isinstance(steps, torch.Tensor) else steps
+        seen = (taken + 1) * batch_size
         return ramp_up_decay(batch_size, seen, ema_kimg * 1000, ema_rampup, eps)
 
     def share(self, steps: int) -> float:

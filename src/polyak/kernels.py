@@ -41,37 +41,46 @@ def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weights: Sequenc
         targets: the averages, of dtypes in `AVERAGED`; not halves, which would never move.
         sources: as many tensors of the same shapes, of any dtype and on any device. One that
             stands several times in a row is cast once.
-        weights: the share of each source, in [0, 1].
+        weights: the share of each source, in [0, 1]. A share of 1 is a copy, also over an average
+            that is not finite.
     """
     groups: dict[
         tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor], list[float]]
     ] = defaultdict(lambda: ([], [], []))
+    taken: tuple[list[Tensor], list[Tensor]] = ([], [])
     last: tuple[Tensor, Tensor] | None = None
     for target, source, weight in zip(targets, sources, weights, strict=True):
         device, dtype = target.device, target.dtype
-        if source.device == device and source.dtype == dtype:
+        if weight == 1.0:
+            taken[0].append(target)
+            taken[1].append(source)
+        elif source.device == device and source.dtype == dtype and _plain(target, source):
             group = groups[device, dtype]
             group[0].append(_real(target))
             group[1].append(_real(source))
             group[2].append(weight)
-            continue
-        if (
-            last is None
-            or last[0] is not source
-            or (last[1].device, last[1].dtype) != (device, dtype)
-        ):
-            last = (source, source.to(device, dtype))
-        _real(target).lerp_(_real(last[1]), weight)
+        else:
+            if last is None or last[0] is not source or _place(last[1]) != (device, dtype):
+                last = (source, source.to(device, dtype))
+            _real(target).lerp_(_real(last[1]), weight)
     for group in groups.values():
         torch._foreach_lerp_(*group)
+    copy_(*taken)
 
 
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """``target[:] = source`` for each pair, whatever their dtypes and devices."""
     if len(targets) != len(sources):
         raise ValueError(f"{len(targets)} targets but {len(sources)} sources")
-    if targets:
-        torch._foreach_copy_(list(targets), list(sources))
+    plain: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for target, source in zip(targets, sources, strict=True):
+        if _plain(target, source):
+            plain[0].append(target)
+            plain[1].append(source)
+        else:
+            target.copy_(source)
+    if plain[0]:
+        torch._foreach_copy_(*plain)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -81,8 +90,12 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     """
     by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        if is_averaged(tensor) and tensor.numel():
+        if not is_averaged(tensor) or not tensor.numel():
+            continue
+        if _plain(tensor):
             by_device[tensor.device].append(_real(tensor))
+        elif not bool(_whole(torch.linalg.vector_norm(_real(tensor), torch.inf)).isfinite()):
+            return False
     # The maximum norm, unlike a sum, cannot overflow by itself.
     for group in by_device.values():
         norms = [norm.double() for norm in torch._foreach_norm(group, torch.inf)]
@@ -141,5 +154,23 @@ def narrow_(exact: Tensor, value: Tensor, low: Tensor) -> None:
         low.copy_(rest.nan_to_num_(0.0, 0.0, 0.0).half().view(torch.int16))
 
 
+def _place(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
+    return tensor.device, tensor.dtype
+
+
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _plain(*tensors: Tensor) -> bool:
+    # Sharded tensors (DTensor) have no rules for calls over lists, nor may they stand beside
+    # plain ones in one call, as the buffers of a sharded model would.
+    return all(type(tensor) in _PLAIN for tensor in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    # All ranks come to one answer, so that they skip or raise together.
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -28,6 +28,14 @@ class NameMismatchError(ValueError):
     """The tensors of two models do not match by name, shape or kind of number."""
 
 
+class _SelfSourceError(NameMismatchError):
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"the source is the average itself: {name!r} is the same memory in both. "
+            "Update it from the model that is trained."
+        )
+
+
 @dataclass
 class Entry:
     """A tensor of a model, under the first of its canonical names."""
@@ -59,7 +67,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     while True:
         inner = next(
-            (child for key, child in model._modules.items() if child and _is_wrapping(model, key)),
+            (
+                child
+                for key, child in model._modules.items()
+                if child is not None and _is_wrapping(model, key)
+            ),
             None,
         )
         if inner is None:
@@ -88,14 +100,16 @@ def _is_wrapping(model: nn.Module, key: str) -> bool:
 def collect(model: nn.Module) -> dict[str, Entry]:
     """Return the parameters and buffers of a model by canonical name.
 
-    A tensor with several names stands once, under its first, with the others as ``ties``.
+    A tensor with several names stands once, under its first, with the others as ``ties``. Two
+    tensors in the very same memory are one, as after loading ties with ``assign=True``.
     """
     entries: dict[str, Entry] = {}
-    by_id: dict[int, Entry] = {}
+    by_memory: dict[object, Entry] = {}
     for name, tensor, kind, persistent in _walk(model, ""):
-        known = by_id.get(id(tensor))
+        memory = _memory(tensor)
+        known = by_memory.get(memory)
         if known is None:
-            entries[name] = by_id[id(tensor)] = Entry(name, tensor, kind, persistent)
+            entries[name] = by_memory[memory] = Entry(name, tensor, kind, persistent)
         elif known.name != name:
             known.ties.append(name)
     return entries
@@ -147,10 +161,10 @@ def patterns(role: str, given: str | Sequence[str] | None) -> list[str] | None:
     """Return globs as a list, or raise `ArgumentError`."""
     if given is None:
         return None
-    globs = [given] if isinstance(given, str) else list(given)
-    if not all(isinstance(glob, str) for glob in globs):
+    globs = [given] if isinstance(given, str) else given
+    if not isinstance(globs, Sequence) or not all(isinstance(glob, str) for glob in globs):
         raise ArgumentError(f"{role} must be a glob or a list of globs, but got {given!r}")
-    return globs
+    return list(globs)
 
 
 def matches(entry: Entry, include: list[str] | None, exclude: list[str] | None) -> bool:
@@ -181,12 +195,12 @@ def pair(
         NameMismatchError: names that are missing or not expected, shapes that differ, a complex
             and a real tensor, ties that the model has cut, or the average itself as the source.
     """
-    sources = _all_names(collect(model))
-    wanted = _all_names(targets)
-    if not wanted.keys() <= sources.keys():
+    sources = all_names(collect(model))
+    wanted = all_names(targets)
+    if not wanted.keys() <= sources.keys() and all(n.startswith("module.") for n in sources):
         # A wrapper that is not known here: all names behind one segment, and the rest agrees.
         inner = {name.removeprefix("module."): entry for name, entry in sources.items()}
-        if len(inner) == len(sources) and wanted.keys() <= inner.keys():
+        if wanted.keys() <= inner.keys():
             sources = inner
 
     pairs: list[Pair] = []
@@ -198,11 +212,8 @@ def pair(
             missing.append(name)
             continue
         tensor = source.tensor
-        if tensor is entry.tensor or _same_memory(tensor, entry.tensor):
-            raise NameMismatchError(
-                f"the source is the average itself: {name!r} is the same memory in both. "
-                "Update it from the model that is trained."
-            )
+        if _memory(tensor) == _memory(entry.tensor):
+            raise _SelfSourceError(name)
         if tensor.shape != entry.tensor.shape:
             problems.append(
                 f"{name!r} has shape {tuple(entry.tensor.shape)} in the average and "
@@ -216,7 +227,7 @@ def pair(
             other = sources.get(tie)
             if other is None:
                 missing.append(tie)
-            elif other.tensor is not tensor:
+            elif other is not source:
                 problems.append(
                     f"{name!r} and {tie!r} are one tensor in the average and two in the model"
                 )
@@ -227,6 +238,10 @@ def pair(
     if extra:
         problems.insert(0, f"not expected by the average: {_listed(extra)}")
     if problems:
+        own = {_memory(entry.tensor) for entry in targets.values()}
+        shared = [name for name, entry in sources.items() if _memory(entry.tensor) in own]
+        if shared:
+            raise _SelfSourceError(shared[0])
         raise NameMismatchError(
             "the model does not match the average:\n  "
             + "\n  ".join(problems[:_SHOWN])
@@ -236,7 +251,8 @@ def pair(
     return pairs
 
 
-def _all_names(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+def all_names(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Return the entries under all their names, those of ties too."""
     return {name: entry for entry in entries.values() for name in (entry.name, *entry.ties)}
 
 
@@ -270,10 +286,11 @@ def match_keys(keys: Iterable[str], own: Iterable[str], segment: str) -> dict[st
     return behind if len(behind) >= len(bare) else bare
 
 
-def _same_memory(first: Tensor, second: Tensor) -> bool:
-    if type(first) not in _PLAIN or type(second) not in _PLAIN or first.numel() == 0:
-        return False
-    return first.data_ptr() == second.data_ptr() != 0 and first.device == second.device
+def _memory(tensor: Tensor) -> object:
+    """What two tensors have in common if they are one."""
+    if type(tensor) not in _PLAIN or tensor.numel() == 0 or tensor.data_ptr() == 0:
+        return id(tensor)
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)

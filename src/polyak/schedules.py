@@ -21,10 +21,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from polyak._checks import ArgumentError, flag, number, whole
+from polyak._checks import ArgumentError, flag, number, plain, whole
 from polyak.formulas import annealed_momentum, ramp_up_decay, sigma_rel_to_gamma
 
 __all__ = [
@@ -45,7 +45,16 @@ __all__ = [
 class Schedule(ABC):
     """How much of the average each new sample gets.
 
-    Schedules are frozen, compare by value, can be pickled, and go to and from a plain dict.
+    Schedules are frozen, compare by value, can be pickled, and go to and from a plain dict. One of
+    your own is a frozen dataclass with `_share`.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Halfway(Schedule):
+        ...     def _share(self, previous, now):
+        ...         return 0.5
+        >>> Halfway().share(None, 1), Halfway().share(1, 2)
+        (1.0, 0.5)
     """
 
     _kinds: ClassVar[dict[str, type[Schedule]]] = {}
@@ -53,6 +62,11 @@ class Schedule(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Schedule._kinds[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        # Numbers of numpy and the like become plain ones, which every checkpoint can hold.
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
 
     def share(self, previous: float | None, now: float) -> float:
         """Share of the sample seen at ``now``, after the one at ``previous``.
@@ -67,10 +81,11 @@ class Schedule(ABC):
         Raises:
             ArgumentError: a clock that is negative, not finite, or does not advance.
         """
-        now = number("now", now, at_least=0)
+        # Checked as floats but used as given: integers stay exact however long the run.
+        number("now", now, at_least=0)
         if previous is None:
             return 1.0
-        previous = number("previous", previous, at_least=0)
+        number("previous", previous, at_least=0)
         if now <= previous:
             raise ArgumentError(
                 f"the clock must advance between two samples: previous is {previous:g}, "
@@ -109,6 +124,13 @@ class Schedule(ABC):
                 f"the kind of the schedule is {kind!r}; known are {', '.join(sorted(known))}"
             )
         own = {field.name for field in fields(known[kind])}
+        needed = [
+            field.name
+            for field in fields(known[kind])
+            if field.default is MISSING and field.name not in rest
+        ]
+        if needed:
+            raise ArgumentError(f"{kind} needs {', '.join(needed)}, but got {dict(values)!r}")
         if rest.keys() - own:
             raise ArgumentError(
                 f"{kind} has no {', '.join(sorted(rest.keys() - own))}; "
@@ -119,7 +141,14 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class ClosedForm(Schedule):
-    """A schedule given by its cumulative mass M(n); the average does not depend on the stride."""
+    """A schedule given by its cumulative mass M(n); the average does not depend on the stride.
+
+    Example:
+        >>> two_at_once = Uniform().share(8, 10)
+        >>> one_by_one = 1 - (1 - Uniform().share(8, 9)) * (1 - Uniform().share(9, 10))
+        >>> abs(two_at_once - one_by_one) < 1e-15
+        True
+    """
 
     @abstractmethod
     def log_growth(self, previous: float, now: float) -> float:
@@ -158,6 +187,7 @@ class Exponential(ClosedForm):
     debias: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.decay is None) == (self.half_life is None):
             raise ArgumentError(
                 "exactly one of decay and half_life must be given, but got "
@@ -183,12 +213,12 @@ class Exponential(ClosedForm):
             return growth
         if previous == 0:
             return math.inf
-        # log(e^x - 1) = x + log(1 - e^-x) keeps its digits for small x and does not overflow.
-        return (
-            growth
-            + math.log(-math.expm1(-now * self.rate))
-            - math.log(-math.expm1(-previous * self.rate))
-        )
+        # (M(n) − M(n')) / M(n') keeps its digits for a short step, and overflows for a long one,
+        # where the difference of log M, which is x + log(1 − e^−x), does not cancel.
+        since = -math.expm1(-previous * self.rate)
+        if growth < 1:
+            return math.log1p(math.expm1(growth) / since)
+        return growth + math.log(-math.expm1(-now * self.rate)) - math.log(since)
 
 
 @dataclass(frozen=True)
@@ -206,7 +236,7 @@ class Uniform(ClosedForm):
     """
 
     def log_growth(self, previous: float, now: float) -> float:  # noqa: D102
-        return math.inf if previous == 0 else math.log(now / previous)
+        return math.inf if previous == 0 else math.log1p((now - previous) / previous)
 
     def _share(self, previous: float, now: float) -> float:
         # The quotient itself, so that the k-th of equally spaced samples gets 1/k to the bit.
@@ -238,6 +268,7 @@ class Power(ClosedForm):
     gamma: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.sigma_rel is None) == (self.gamma is None):
             raise ArgumentError(
                 "exactly one of sigma_rel and gamma must be given, but got "
@@ -283,6 +314,7 @@ class Polynomial(ClosedForm):
     eta: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole("eta", self.eta, at_least=0)
 
     def log_growth(self, previous: float, now: float) -> float:  # noqa: D102
@@ -323,6 +355,7 @@ class InverseGamma(Schedule):
     max_decay: float = 0.9999
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         number("inv_gamma", self.inv_gamma, above=0)
         number("power", self.power, above=0)
         number("min_decay", self.min_decay, at_least=0, at_most=1)
@@ -367,6 +400,7 @@ class RampUp(Schedule):
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         number("half_life", self.half_life, above=0)
         if self.ratio is not None:
             number("ratio", self.ratio, above=0)
@@ -401,6 +435,7 @@ class Annealing(Schedule):
     gamma: float = 100
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         number("momentum", self.momentum, above=0, below=1)
         number("gamma", self.gamma, above=0)
 
@@ -431,6 +466,7 @@ class TensorFlowWarmup(Schedule):
     decay: float = 0.9999
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         number("decay", self.decay, above=0, below=1)
 
     def _share(self, previous: float, now: float) -> float:

@@ -26,7 +26,12 @@ OnChange = Literal["raise", "saved", "given"]
 
 
 class Distance(NamedTuple):
-    """How far an average is from the live weights, over all averaged parameters."""
+    """How far an average is from the live weights, over all averaged parameters.
+
+    Example:
+        >>> Distance(absolute=0.5, relative=0.1).relative
+        0.1
+    """
 
     absolute: float
     """‖average − weights‖₂."""
@@ -82,6 +87,8 @@ class WeightAverage:
         6.0
     """
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(
         self,
         model: nn.Module,
@@ -108,7 +115,7 @@ class WeightAverage:
         self._buffers = _checks.one_of("buffers", buffers, get_args(Buffers))
         self._every = whole("every", every, at_least=1)
         number("start", start, at_least=0)
-        self._start = start
+        self._start = _checks.plain(start)
         self._include = names.patterns("include", include)
         self._exclude = names.patterns("exclude", exclude)
         self._trainable_only = _checks.flag("trainable_only", trainable_only)
@@ -181,6 +188,7 @@ class WeightAverage:
         """Return the schedule of an average."""
         return self._average(which).schedule
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, model: nn.Module | None = None, *, advance: float = 1) -> None:
         """Advance the clock and take the model's weights into the averages.
@@ -196,13 +204,14 @@ class WeightAverage:
             FloatingPointError: with ``on_nonfinite="raise"``, weights that are not finite.
             RuntimeError: the average is applied to a model at the moment.
         """
-        number("advance", advance, above=0)
+        step = number("advance", advance, above=0)
         if self._applied:
             raise RuntimeError(
                 "update() inside applied_to(): the model holds averaged weights, which must not "
                 "be averaged again. Leave the with-block first."
             )
-        clock = self._counters.clock + advance
+        # Whole steps are counted as integers, which stay exact for ever.
+        clock = self._counters.clock + (int(step) if step.is_integer() else step)
         if self._counters.calls % self._every == 0:
             pairs = self._pair(self._source(model))
             finite = self._on_nonfinite == "propagate" or kernels.all_finite(
@@ -230,28 +239,21 @@ class WeightAverage:
             key: average.schedule.share(previous, local) if local > 0 else 1.0
             for key, average in self._averages.items()
         }
-        targets, sources, weights = [], [], []
-        fresh: list[tuple[Tensor, Tensor]] = []
-        for p in pairs:
-            source = p.source.detach()
-            if p.name in self._copies:
-                fresh.append((self._copies[p.name], source))
-                continue
-            for key, average in self._averages.items():
-                if shares[key] == 1.0:
-                    # A copy also where the average is not finite, which no lerp would leave.
-                    fresh.append((average.tensors[p.name], source))
-                else:
-                    targets.append(average.tensors[p.name])
-                    sources.append(source)
-                    weights.append(shares[key])
-        kernels.lerp_(targets, sources, weights)
-        kernels.copy_([target for target, _ in fresh], [source for _, source in fresh])
+        copied = [p for p in pairs if p.name in self._copies]
+        kernels.copy_([self._copies[p.name] for p in copied], [p.source.detach() for p in copied])
+        # Averages of one tensor stand in a row, so that its source is read and cast once.
+        updates = [
+            (average.tensors[p.name], source, shares[key])
+            for p, source in ((p, p.source.detach()) for p in pairs if p.name not in self._copies)
+            for key, average in self._averages.items()
+        ]
+        kernels.lerp_([u[0] for u in updates], [u[1] for u in updates], [u[2] for u in updates])
         self._counters.filled = True
         if local > 0:
             self._counters.samples += 1
             self._counters.averaged_at = clock
             for key, average in self._averages.items():
+                # The first sample's share is 1, and what was before it is not a number.
                 kept = 0.0 if shares[key] == 1.0 else (1 - shares[key]) ** 2 * average.squares
                 average.squares = kept + shares[key] ** 2
 
@@ -332,23 +334,24 @@ class WeightAverage:
                 "Leave the outer with-block first."
             )
         chosen = self._source(model)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             tensors = self._filled_tensors(which)
             pairs = self._pair(chosen)
             own = {p.name: p.source.detach().clone() for p in pairs}
         self._applied = True
         try:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 kernels.copy_([p.source for p in pairs], [tensors[p.name] for p in pairs])
             yield chosen
         finally:
             self._applied = False
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 # Looked up anew: the block may have moved the model, which replaces its buffers.
                 now = names.collect(chosen)
                 live = [now[p.name].tensor if p.name in now else p.source for p in pairs]
                 kernels.copy_(live, [own[p.name] for p in pairs])
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def copy_to(self, model: nn.Module | None = None, which: str | int | None = None) -> None:
         """Write the averaged weights into a model, for good.
@@ -394,6 +397,7 @@ class WeightAverage:
         """
         return 1 / self._average(which).squares
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def distance(self, model: nn.Module | None = None, which: str | int | None = None) -> Distance:
         """Return how far the averaged parameters are from the model's.
@@ -438,6 +442,7 @@ class WeightAverage:
             "copies": self._persistent(self._copies),
         }
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any], on_change: OnChange = "raise") -> None:
         """Load what `state_dict` returned; everything is checked before anything is written.
@@ -483,9 +488,10 @@ class WeightAverage:
                 + '\nPass on_change="saved" or on_change="given" to go on with either.'
             )
         counters = Counters(**state_dict["counters"])
+        squares = {key: float(one["squares"]) for key, one in saved.items()}
         kernels.copy_([target for target, _ in loads], [source for _, source in loads])
         for key, average in self._averages.items():
-            average.squares = saved[key]["squares"]
+            average.squares = squares[key]
             if on_change == "saved":
                 average.schedule = schedules[key]
         if on_change == "saved":
@@ -572,6 +578,4 @@ def _named(
 
 
 def _like(source: Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    with torch.no_grad():
-        target = torch.empty_like(source, dtype=dtype, device=device or source.device)
-        return target.copy_(source)
+    return torch.empty_like(source, dtype=dtype, device=device or source.device).copy_(source)
