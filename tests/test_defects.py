@@ -756,8 +756,9 @@ def test_row_28_compiled_names_never_skip_a_parameter(case: Case) -> None:
 
 
 def adapted() -> Any:
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
+    import peft
+    import transformers
+
     sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     settings = transformers.BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=8)
     torch.manual_seed(0)

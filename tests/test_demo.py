@@ -18,9 +18,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-for module in ("matplotlib", "rich", "sklearn", "typer"):
-    pytest.importorskip(module, reason="needs the extra 'demo'")
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -94,7 +91,9 @@ def numbers(runs: Any) -> list[dict[str, Any]]:
 
 
 def test_frechet_distance_equals_its_definition() -> None:
-    numpy, linalg = pytest.importorskip("numpy"), pytest.importorskip("scipy.linalg")
+    import numpy
+    from scipy import linalg
+
     random = numpy.random.default_rng(0)
     means = random.normal(size=(2, 6))
     factors = random.normal(size=(2, 6, 9))
