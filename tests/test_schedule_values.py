@@ -266,3 +266,9 @@ def test_clocks_that_are_refused(previous: Any, now: Any, message: str) -> None:
     for schedule in ALL:
         with pytest.raises(ArgumentError, match=message):
             schedule.share(previous, now)
+
+
+def test_a_schedule_of_ones_own_may_not_take_a_name_that_states_refer_to() -> None:
+    with pytest.raises(TypeError, match="Uniform is the name of a schedule of polyak"):
+        type("Uniform", (Schedule,), {"__module__": __name__})
+    assert type(Schedule.from_dict({"kind": "Uniform"})) is polyak.Uniform

@@ -144,17 +144,20 @@ def same_state(first: Any, second: Any) -> None:
         assert first == second or (first != first and second != second)
 
 
+def leave(average: WeightAverage, model: nn.Module, error: type[BaseException]) -> None:
+    with average.applied_to(model):
+        train(model, 77)
+        raise error
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit, SystemExit])
 def test_the_weights_come_back_when_the_block_is_left_early(error: type[BaseException]) -> None:
     model = Plain()
     average = averaged(model)
     before = bits(model)
-    try:
-        with average.applied_to(model):
-            train(model, 77)
-            raise error
-    except error:
-        same_bits(model, before)
+    with pytest.raises(error):
+        leave(average, model, error)
+    same_bits(model, before)
     with average.applied_to(model):
         assert torch.equal(model.first.weight, average.tensors()["first.weight"])
     average.update(model)

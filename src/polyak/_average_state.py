@@ -1,15 +1,16 @@
-"""The state of a WeightAverage: what it counts, and whether a saved one fits."""
+"""The parts of a WeightAverage: its averages, what it counts, and whether a saved state fits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from polyak._checks import ArgumentError
 from polyak.names import NameMismatchError
 from polyak.schedules import Schedule
 
@@ -41,6 +42,27 @@ class OneAverage:
     tensors: dict[str, Tensor]
     squares: float = math.nan
     """Σ p², p the weights of the samples so far."""
+
+
+def named(
+    schedule: Schedule | Sequence[Schedule] | Mapping[str, Schedule],
+) -> dict[str, Schedule]:
+    """Return one schedule or several by key, or raise `ArgumentError`."""
+    found: dict[Any, Any] = {}
+    if isinstance(schedule, Schedule):
+        found = {"0": schedule}
+    elif isinstance(schedule, Mapping):
+        found = dict(schedule)
+    elif isinstance(schedule, (list, tuple)):
+        found = {str(index): one for index, one in enumerate(schedule)}
+    if not found or not all(
+        isinstance(key, str) and isinstance(one, Schedule) for key, one in found.items()
+    ):
+        raise ArgumentError(
+            "schedule must be a Schedule, a list or a mapping of them, such as "
+            f"Exponential(half_life=10_000), but got {schedule!r}"
+        )
+    return found
 
 
 def check_format(state_dict: Mapping[str, Any]) -> None:

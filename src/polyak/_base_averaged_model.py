@@ -54,7 +54,7 @@ class BaseAveragedModel(nn.Module):
     Attributes:
         module: the averaged copy.
         steps: updates so far, a 0-d int64 buffer.
-        skipped: updates skipped for non-finite weights.
+        skipped: updates skipped for non-finite weights; not in the state dict.
 
     Raises:
         ArgumentError: an argument out of range or of a wrong type, before anything is copied; a
@@ -152,7 +152,7 @@ class BaseAveragedModel(nn.Module):
 
     @property
     def avg_parameters(self) -> dict[str, Tensor]:
-        """The averaged tensors by name, live: parameters, and buffers with ``update_buffers``."""
+        """Parameters by name, live; with ``update_buffers`` all buffers too, as in mmengine."""
         return {name: entry.tensor.data for name, entry in self._averaged(self._entries()).items()}
 
     @torch.inference_mode(False)

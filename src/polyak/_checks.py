@@ -121,6 +121,8 @@ def device(value: object) -> torch.device | None:
             f"device must be a torch.device, its name or None, but got {value!r}"
         ) from None
     assert isinstance(chosen, torch.device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError(f"device is {value!r}, but torch finds no CUDA device here")
     return chosen
 
 

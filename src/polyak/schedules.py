@@ -61,6 +61,9 @@ class Schedule(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        known = Schedule._kinds.get(cls.__name__)
+        if known is not None and known.__module__ == __name__ != cls.__module__:
+            raise TypeError(f"{cls.__name__} is the name of a schedule of polyak: choose another")
         Schedule._kinds[cls.__name__] = cls
 
     def __post_init__(self) -> None:

@@ -15,7 +15,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from polyak import _checks, kernels, names
-from polyak._average_state import FORMAT, VERSION, Counters, OneAverage, check_format, fitting
+from polyak._average_state import (
+    FORMAT,
+    VERSION,
+    Counters,
+    OneAverage,
+    check_format,
+    fitting,
+    named,
+)
 from polyak._checks import ArgumentError, OnNonfinite, number, whole
 from polyak.schedules import Schedule
 
@@ -105,7 +113,7 @@ class WeightAverage:
         on_nonfinite: OnNonfinite = "propagate",
     ) -> None:
         _checks.module("model", model)
-        schedules = _named(schedule)
+        schedules = named(schedule)
         kept = _checks.device(device)
         if dtype not in (None, torch.float32, torch.float64):
             raise ArgumentError(
@@ -371,9 +379,10 @@ class WeightAverage:
         kernels.copy_([p.source for p in pairs], [tensors[p.name] for p in pairs])
 
     def tensors(self, which: str | int | None = None) -> dict[str, Tensor]:
-        """Return the average as a state dict of the plain model; the tensors are live.
+        """Return the average's tensors under the names of the plain model's state dict; live ones.
 
-        Tied tensors stand under each of their names, buffers that are not persistent nowhere.
+        Tied tensors stand under each of their names, buffers that are not persistent nowhere, and
+        neither does what a module adds by ``get_extra_state``.
 
         Args:
             which: the key or index of the average, where there are several.
@@ -423,7 +432,8 @@ class WeightAverage:
         """Return the averages, schedules, clock and counters as plain tensors and values.
 
         The same whether or not the average is applied to a model. Tensors are live, as in
-        ``Module.state_dict``.
+        ``Module.state_dict``: clone them to keep them. torch.distributed.checkpoint reads into
+        them, so that a checkpoint whose settings are then refused has been written already.
         """
         return {
             "format": FORMAT,
@@ -435,11 +445,11 @@ class WeightAverage:
                 key: {
                     "schedule": average.schedule.to_dict(),
                     "squares": average.squares,
-                    "tensors": self._persistent(average.tensors),
+                    "tensors": average.tensors,
                 }
                 for key, average in self._averages.items()
             },
-            "copies": self._persistent(self._copies),
+            "copies": self._copies,
         }
 
     @torch.inference_mode(False)
@@ -454,8 +464,9 @@ class WeightAverage:
 
         Raises:
             ValueError: not a state of this class, or one of a later version.
-            NameMismatchError: names, shapes or averages that differ from those here.
-            ArgumentError: a dtype that would lose precision, or settings that differ.
+            NameMismatchError: names, shapes or averages that differ from those here, or a dtype
+                that would lose precision.
+            ArgumentError: settings that differ.
         """
         _checks.one_of("on_change", on_change, get_args(OnChange))
         if self._applied:
@@ -466,13 +477,11 @@ class WeightAverage:
             raise names.NameMismatchError(
                 f"the state has the averages {sorted(saved)}, this object {sorted(self._averages)}"
             )
-        copies = self._persistent(self._copies)
-        loads = fitting("copied buffers", copies, state_dict.get("copies", {}))
+        loads = fitting("copied buffers", self._copies, state_dict.get("copies", {}))
         changes = []
         schedules = {}
         for key, average in self._averages.items():
-            mine = self._persistent(average.tensors)
-            loads += fitting(f"average {key!r}", mine, saved[key].get("tensors", {}))
+            loads += fitting(f"average {key!r}", average.tensors, saved[key].get("tensors", {}))
             schedules[key] = Schedule.from_dict(saved[key]["schedule"])
             if schedules[key] != average.schedule:
                 changes.append(
@@ -552,29 +561,6 @@ class WeightAverage:
     def _is_averaged(self, entry: names.Entry) -> bool:
         wanted = entry.kind == "parameter" or self._buffers == "average"
         return wanted and kernels.is_averaged(entry.tensor)
-
-    def _persistent(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t for name, t in tensors.items() if self._entries[name].persistent}
-
-
-def _named(
-    schedule: Schedule | Sequence[Schedule] | Mapping[str, Schedule],
-) -> dict[str, Schedule]:
-    named: dict[Any, Any] = {}
-    if isinstance(schedule, Schedule):
-        named = {"0": schedule}
-    elif isinstance(schedule, Mapping):
-        named = dict(schedule)
-    elif isinstance(schedule, (list, tuple)):
-        named = {str(index): one for index, one in enumerate(schedule)}
-    if not named or not all(
-        isinstance(key, str) and isinstance(one, Schedule) for key, one in named.items()
-    ):
-        raise ArgumentError(
-            "schedule must be a Schedule, a list or a mapping of them, such as "
-            f"Exponential(half_life=10_000), but got {schedule!r}"
-        )
-    return named
 
 
 def _like(source: Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
