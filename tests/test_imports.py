@@ -29,6 +29,7 @@ FLOORS = (
     "schedules",
     "kernels",
     "names",
+    "_applied",
     # Floor 1: live averages.
     "_module_copy",
     "_low_bits",

@@ -255,7 +255,7 @@ def test_every_kind_of_mismatch_is_in_one_message_with_the_remedy() -> None:
 
 def test_long_lists_are_cut() -> None:
     many = {f"w{index}": (1,) for index in range(30)}
-    with pytest.raises(NameMismatchError, match=r"'w7' and 22 more\n") as caught:
+    with pytest.raises(NameMismatchError, match=r"'w7', … and 22 more\n") as caught:
         pair(collect(shaped(**many)), shaped())
     assert "'w8'" not in str(caught.value)
     with pytest.raises(NameMismatchError, match="… and 22 more"):

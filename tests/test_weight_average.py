@@ -395,8 +395,12 @@ def test_float8_weights_are_refused_by_name() -> None:
     model = Plain()
     model.register_buffer("codes", torch.zeros(2).to(torch.float8_e4m3fn))
     with pytest.raises(ArgumentError, match=r"'codes' is torch\.float8_e4m3fn.*exclude="):
-        WeightAverage(model, QUARTER)
-    assert WeightAverage(model, QUARTER, exclude="codes").keys == ("0",)
+        WeightAverage(model, QUARTER, buffers="average")
+    assert WeightAverage(model, QUARTER, exclude="codes", buffers="average").keys == ("0",)
+    # What is only copied may be of any dtype.
+    average = WeightAverage(model, QUARTER)
+    average.update(model)
+    assert average.tensors()["codes"].dtype == torch.float8_e4m3fn
 
 
 # Models that are not the one.

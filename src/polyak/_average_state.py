@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from polyak._checks import ArgumentError
+from polyak._checks import ArgumentError, flag, listed, number, whole
 from polyak.names import NameMismatchError
 from polyak.schedules import Schedule
 
 FORMAT = "polyak.WeightAverage"
 VERSION = 1
-
-_SHOWN = 8
 
 
 @dataclass
@@ -65,18 +63,110 @@ def named(
     return found
 
 
-def check_format(state_dict: Mapping[str, Any]) -> None:
-    """Raise unless a state is one of a WeightAverage, of a version that this code reads."""
-    if state_dict.get("format") != FORMAT:
+class Saved(NamedTuple):
+    """A state dict of a WeightAverage, read and checked."""
+
+    start: float
+    every: int
+    counters: Counters
+    schedules: dict[str, Schedule]
+    squares: dict[str, float]
+    tensors: dict[str, dict[str, Tensor]]
+    copies: dict[str, Tensor]
+
+
+def read(state_dict: Mapping[str, Any]) -> Saved:
+    """Read a state dict.
+
+    Raises:
+        ValueError: not a state of a WeightAverage, one of a later version, or a damaged one; the
+            message names the key and what stands there.
+        ArgumentError: a schedule that is not known or has other fields.
+    """
+    if not isinstance(state_dict, Mapping) or state_dict.get("format") != FORMAT:
+        found = state_dict.get("format") if isinstance(state_dict, Mapping) else state_dict
         raise ValueError(
-            f"not a state of WeightAverage: its format is {state_dict.get('format')!r}, "
-            f"expected {FORMAT!r}"
+            f"not a state of WeightAverage: its format is {found!r}, expected {FORMAT!r}"
         )
-    if state_dict["version"] > VERSION:
+    version = _field(state_dict, "version", _count)
+    if version > VERSION:
         raise ValueError(
-            f"the state has version {state_dict['version']}, this polyak reads up to {VERSION}: "
-            "update polyak"
+            f"the state has version {version}, this polyak reads up to {VERSION}: update polyak"
         )
+    averages = _field(state_dict, "averages", _mapping)
+    counters = _field(state_dict, "counters", _mapping)
+    schedules, squares, tensors = {}, {}, {}
+    for key in averages:
+        one = _field(averages, key, _mapping)
+        squares[key] = _field(one, "squares", _real)
+        # Distributed checkpoints leave out what is empty.
+        tensors[key] = _field({"tensors": {}, **one}, "tensors", _tensors)
+        schedules[key] = Schedule.from_dict(_field(one, "schedule", _mapping))
+    unknown = counters.keys() - {field.name for field in fields(Counters)}
+    if unknown:
+        raise ValueError(f"the state has counters that are not known: {listed(sorted(unknown))}")
+    return Saved(
+        start=_field(state_dict, "start", _clock),
+        every=_field(state_dict, "every", _count),
+        counters=Counters(
+            clock=_field(counters, "clock", _clock),
+            averaged_at=_field(counters, "averaged_at", lambda v: None if v is None else _clock(v)),
+            calls=_field(counters, "calls", _count),
+            samples=_field(counters, "samples", _count),
+            skipped=_field(counters, "skipped", _count),
+            filled=_field(counters, "filled", lambda v: flag("filled", v)),
+        ),
+        schedules=schedules,
+        squares=squares,
+        tensors=tensors,
+        copies=_field({"copies": {}, **state_dict}, "copies", _tensors),
+    )
+
+
+T = TypeVar("T")
+
+
+def _field(values: Mapping[str, Any], key: str, check: Callable[[Any], T]) -> T:
+    if key not in values:
+        raise ValueError(f"the state is damaged: it has no {key!r}")
+    try:
+        return check(values[key])
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"the state is damaged: {key!r} is {values[key]!r}") from error
+
+
+def _count(value: Any) -> int:
+    return whole("count", value, at_least=0)
+
+
+def _clock(value: Any) -> float:
+    number("clock", value, at_least=0)
+    return float(value) if isinstance(value, float) else int(value)
+
+
+def _real(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError
+    return float(value)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return value
+
+
+def _tensors(value: Any) -> dict[str, Tensor]:
+    found = dict(_mapping(value))
+    for name in found:
+        _field(found, name, _tensor)
+    return found
+
+
+def _tensor(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError
+    return value
 
 
 def fitting(
@@ -99,10 +189,7 @@ def fitting(
                 f"build the average with dtype={there.dtype}"
             )
     if problems:
-        more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise NameMismatchError(
-            f"the saved state of the {where} does not fit:\n  "
-            + "\n  ".join(problems[:_SHOWN])
-            + more
+            f"the saved state of the {where} does not fit:\n  " + listed(problems, "\n  ")
         )
     return [(mine[name], saved[name]) for name in mine]

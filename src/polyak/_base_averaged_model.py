@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from polyak import _checks, kernels, names
+from polyak import _applied, _checks, kernels, names
 from polyak._checks import ArgumentError, OnNonfinite, whole
 from polyak._low_bits import PREFIX as LOW_BITS
 from polyak._low_bits import LowBits
@@ -30,9 +30,9 @@ class BaseAveragedModel(nn.Module):
     The first update copies the model's weights, and so does every one up to ``start_iter``; from
     then on each ``interval``-th update averages. Tensors are matched by name: wrappers such as DDP
     and ``torch.compile`` are understood, and any other difference raises. Floating-point and
-    complex tensors are averaged, all others copied. Averages in bfloat16 are as exact as in
-    float32, those in float16 to 22 bits: what the dtype cannot hold is kept beside the module and
-    in the state dict, under ``low_bits.``.
+    complex tensors are averaged, all others copied. Averages in bfloat16 and float16 are as exact
+    as in float32 (in float16 from its smallest normal number, 6e-5, on, and to 2^-40 below): what
+    the dtype cannot hold is kept beside the module and in the state dict, under ``low_bits.``.
 
     The copy keeps the train or eval mode that the model has when it is built; ``eval()`` on the
     average lasts across updates.
@@ -47,9 +47,9 @@ class BaseAveragedModel(nn.Module):
         dtype: of the average's floating-point tensors; None for the model's own.
         start_iter: the number of updates that only copy, beside the first; what is averaged and
             how much is counted from there.
-        on_nonfinite: what an update does when the model holds an infinity or a NaN: "propagate"
-            averages it, "skip" leaves the average and its counter as they are and counts the
-            update in ``skipped``, "raise" raises. The last two wait for the device.
+        on_nonfinite: what an update does when averaged weights hold an infinity or a NaN:
+            "propagate" averages it, "skip" leaves the average and its counter as they are and
+            counts the update in ``skipped``, "raise" raises. The last two wait for the device.
 
     Attributes:
         module: the averaged copy.
@@ -125,8 +125,9 @@ class BaseAveragedModel(nn.Module):
         self._kept_device = kept
         self._low_bits = LowBits()
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
-        self._read: tuple[Tensor, int, int] | None = None
-        for name, entry in self._entries().items():
+        # The counter, its version and its value, when it was last seen.
+        self._known_steps: tuple[Tensor, int, int] | None = None
+        for name, entry in self._averaged(self._entries()).items():
             if entry.tensor.is_floating_point() and not kernels.is_averaged(entry.tensor):
                 raise ArgumentError(
                     f"{name!r} is {entry.tensor.dtype}, which cannot be averaged: "
@@ -138,7 +139,7 @@ class BaseAveragedModel(nn.Module):
         """Average one tensor in place.
 
         A subclass overrides this. It is called for every averaged tensor; halves are handed over
-        as float32.
+        as float32. If it raises, the tensors before are averaged and ``steps`` is not advanced.
 
         Args:
             averaged_param: the averaged tensor, to be changed in place.
@@ -167,15 +168,20 @@ class BaseAveragedModel(nn.Module):
             NameMismatchError: the model's names or shapes are not those of the average, or the
                 model is the average itself. The average is left as it was.
             FloatingPointError: with ``on_nonfinite="raise"``, weights that are not finite.
+            RuntimeError: the model holds averaged weights at the moment, inside
+                ``WeightAverage.applied_to``.
         """
-        pairs = names.pair(self._entries(), model)
+        pairs = self._pair(model)
+        _applied.refuse(model)
         count = self._read_steps() - self.start_iter
         copying = count <= 0
         averaging = not copying and count % self.interval == 0
         averaged = [p for p in pairs if self._is_averaged(p.kind, p.target)]
         copied = [p for p in pairs if not self._is_averaged(p.kind, p.target)]
-        used = copied + (averaged if copying or averaging else [])
-        if self.on_nonfinite != "propagate" and not self._accept(used):
+        # What is only copied poisons nothing: the next update copies it again.
+        used = averaged if copying or averaging else []
+        if not kernels.accept({p.name: p.source.detach() for p in used}, self.on_nonfinite):
+            self.skipped += 1
             return
         if copying:
             self._copy(averaged)
@@ -183,7 +189,7 @@ class BaseAveragedModel(nn.Module):
             self._average(averaged, count)
         self._copy(copied)
         self.steps += 1
-        self._read = (self.steps, self.steps._version, count + self.start_iter + 1)
+        self._remember_steps(count + self.start_iter + 1)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -203,7 +209,7 @@ class BaseAveragedModel(nn.Module):
                 "update_buffers is set: update_parameters averages the buffers, and "
                 "sync_buffers now overwrites that average with the model's buffers"
             )
-        self._copy([p for p in names.pair(self._entries(), model) if p.kind == "buffer"])
+        self._copy([p for p in self._pair(model) if p.kind == "buffer"])
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -216,7 +222,7 @@ class BaseAveragedModel(nn.Module):
         Raises:
             NameMismatchError: the model's names or shapes are not those of the average.
         """
-        self._copy(names.pair(self._entries(), model))
+        self._copy(self._pair(model))
 
     def _average(self, pairs: list[names.Pair], count: int) -> None:
         """Average the pairs at the ``count``-th update: one tensor after the other, by avg_func."""
@@ -231,24 +237,12 @@ class BaseAveragedModel(nn.Module):
         self._low_bits.update(halves, update)
 
     def _copy(self, pairs: list[names.Pair]) -> None:
-        kernels.copy_([p.target.detach() for p in pairs], [p.source.detach() for p in pairs])
+        kernels.copy_([p.target for p in pairs], [p.source.detach() for p in pairs])
         self._low_bits.drop(p.name for p in pairs)
         for p in pairs:
             rounded = p.target.dtype in kernels.HALF and p.source.dtype != p.target.dtype
             if rounded and self._is_averaged(p.kind, p.target):
                 self._low_bits.write(p.name, p.target, p.source)
-
-    def _accept(self, pairs: list[names.Pair]) -> bool:
-        if kernels.all_finite(p.source.detach() for p in pairs):
-            return True
-        if self.on_nonfinite == "skip":
-            self.skipped += 1
-            return False
-        bad = [p.name for p in pairs if not kernels.all_finite([p.source.detach()])]
-        raise FloatingPointError(
-            f"the model's {bad[0]!r}{f' and {len(bad) - 1} more' * (len(bad) > 1)} is not finite; "
-            'the average is unchanged. on_nonfinite="skip" passes over such updates.'
-        )
 
     def _entries(self) -> dict[str, names.Entry]:
         return names.collect(self.module)
@@ -259,12 +253,24 @@ class BaseAveragedModel(nn.Module):
     def _averaged(self, entries: dict[str, names.Entry]) -> dict[str, names.Entry]:
         return {n: e for n, e in entries.items() if e.kind == "parameter" or self.update_buffers}
 
+    def _pair(self, model: nn.Module) -> list[names.Pair]:
+        plain = names.unwrap(_checks.module("model", model))
+        if plain is self:
+            raise names.self_source("module")
+        # The average may be a child of the model that it averages.
+        return names.pair(self._entries(), plain, without=self)
+
     def _read_steps(self) -> int:
         """Return ``steps`` as an int without waiting for a device, unless it was changed."""
         steps = self.steps
-        if self._read is None or self._read[0] is not steps or self._read[1] != steps._version:
-            self._read = (steps, steps._version, int(steps.item()))
-        return self._read[2]
+        known = self._known_steps
+        if known is None or known[0] is not steps or known[1] != steps._version:
+            return int(steps.item())
+        return known[2]
+
+    def _remember_steps(self, count: int) -> None:
+        steps = self.steps
+        self._known_steps = None if steps.is_inference() else (steps, steps._version, count)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the module, as ``to()``, ``half()`` and the like of any parent do.
@@ -274,20 +280,27 @@ class BaseAveragedModel(nn.Module):
         kept = self._kept_device
         entries = self._averaged(self._entries())
         lows = self._low_bits.valid(entries)
-        # Under all names, since moving may cut ties that are only one memory.
-        before = {
-            name: (entry.tensor.detach(), lows.get(entry.name))
-            for name, entry in names.all_names(entries).items()
-        }
+        canonical = {n: entry.name for n, entry in names.all_names(entries).items()}
+        # Each tensor by its own identity, since moving may cut ties that are only one memory.
+        by_id: dict[int, str] = {}
+        for name, tensor, *_ in names.walk(self.module):
+            if name in canonical:
+                by_id.setdefault(id(tensor), name)
 
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if kept is None or moved.device == kept:
-                return moved
-            return tensor.to(kept, moved.dtype)
+            if kept is not None and moved.device != kept:
+                moved = tensor.to(kept, moved.dtype)
+            # Once: torch hands a tied tensor over again for each of its names.
+            name = by_id.pop(id(tensor), None)
+            if name is not None:
+                low = lows.get(canonical[name])
+                self._low_bits.carry(name, low, tensor.detach(), moved.detach())
+            return moved
 
-        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
-        self._low_bits.follow(before, self._entries())
+        with torch.no_grad():
+            super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        self._low_bits.settle(self._entries())
         return self
 
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
@@ -305,13 +318,11 @@ class BaseAveragedModel(nn.Module):
         """Move the average to a CUDA device and keep it there."""
         return self.to(f"cuda:{device}" if isinstance(device, int) else device or "cuda")
 
-    # State.
-
     def __getstate__(self) -> dict[str, Any]:
         # Versions and identities of tensors do not outlive a copy.
         low_bits = self._low_bits.copied(self._entries())
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "_read": None, "_low_bits": low_bits}
+        return {**state, "_known_steps": None, "_low_bits": low_bits}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -369,7 +380,7 @@ class BaseAveragedModel(nn.Module):
             state_dict[counter] = torch.tensor(settled)
             _checks.warn_user(
                 f"{counter!r} is missing from the state dict: the average was loaded and its "
-                f"counter set to {settled}, so that it is not overwritten by the next update. "
+                f"counter set to {settled}, so that it is not overwritten by a copy of the model. "
                 "Set it by hand if the true count is known."
             )
         for name, entry in self._averaged(self._entries()).items():
@@ -423,10 +434,10 @@ class ScheduledAverage(BaseAveragedModel):
         averaged_param.lerp_(source_param, self.share(int(steps)))
 
     def _average(self, pairs: list[names.Pair], count: int) -> None:
-        if getattr(self.avg_func, "__func__", None) is not ScheduledAverage.avg_func:
+        if not self._averages_by_share():
             super()._average(pairs, count)
             return
-        share = self.share(count)
+        share = _checks.share(type(self).__name__, self.share(count))
         halves, others = _split(pairs)
         kernels.lerp_(
             [p.target.detach() for p in others],
@@ -437,9 +448,18 @@ class ScheduledAverage(BaseAveragedModel):
             halves, lambda target, source: kernels.lerp_([target], [source], [share])
         )
 
+    def _averages_by_share(self) -> bool:
+        return getattr(self.avg_func, "__func__", None) is ScheduledAverage.avg_func
+
     def _settled(self) -> int:
-        final = self.share(_NEVER)
-        if self.share(_NEVER // 2) != final:
+        if not self._averages_by_share():
+            return 1
+        try:
+            final = self.share(_NEVER)
+            if self.share(_NEVER // 2) != final:
+                return 1
+        except Exception:
+            # A share of the user's own, defined for the length of a run only.
             return 1
         low, high = 0, _NEVER
         while high - low > 1:

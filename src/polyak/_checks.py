@@ -7,6 +7,7 @@ import numbers
 import operator
 import sys
 import warnings
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Literal, get_args
 
@@ -69,6 +70,22 @@ def whole(name: str, value: object, *, at_least: int) -> int:
     if result < at_least:
         raise ArgumentError(f"{name} must be at least {at_least}, but got {value!r}")
     return result
+
+
+def share(where: str, value: float) -> float:
+    """Return a share as a Python float, or raise `ArgumentError` where it is not in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ArgumentError(f"the share of {where} must be in [0, 1], but got {value!r}")
+    return float(value)
+
+
+def listed(found: Sequence[str], join: str = ", ") -> str:
+    """Return the first of some names or lines, and how many more there are."""
+    more = [f"… and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    return join.join([*found[:_SHOWN], *more])
+
+
+_SHOWN = 8
 
 
 def plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,23 +15,37 @@ PREFIX = "low_bits."
 """Of the keys under which low bits stand in a state dict, before the tensor's name."""
 
 
+class _Stamp(NamedTuple):
+    """A tensor as it was; another one says that someone else has written."""
+
+    dtype: torch.dtype
+    version: int | None
+    pointer: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Stamp:
+        version = None if tensor.is_inference() else tensor._version
+        return cls(tensor.dtype, version, tensor.data_ptr())
+
+
 class LowBits:
     """The low bits of a module's averages in half precision, by name.
 
-    Someone else may overwrite an average in place. Its version counter tells, and its low bits,
-    which belonged to another value, are then taken as zero.
+    Someone else may overwrite an average. Its stamp tells, and its low bits, which belonged to
+    another value, are then taken as zero. (Writing through ``.data`` leaves no trace. The low bits
+    are then less than half a spacing off, and right again after a swap and a swap back.)
     """
 
     def __init__(self) -> None:
-        # name → low bits, the dtype they belong to, and the tensor's version (None: not known yet)
-        self._kept: dict[str, tuple[Tensor, torch.dtype, int | None]] = {}
+        # name → low bits, and the tensor that they belong to (None: not known yet)
+        self._kept: dict[str, tuple[Tensor, torch.dtype, _Stamp | None]] = {}
 
     def get(self, name: str, tensor: Tensor) -> Tensor | None:
         """Return the low bits of ``tensor``, or None if they are zero."""
-        low, dtype, version = self._kept.get(name, (None, None, None))
+        low, dtype, stamp = self._kept.get(name, (None, None, None))
         if low is None or low.shape != tensor.shape or tensor.dtype != dtype:
             return None
-        if version is not None and version != tensor._version:
+        if stamp is not None and stamp != _Stamp.of(tensor):
             return None
         return low.to(tensor.device)
 
@@ -48,7 +62,7 @@ class LowBits:
             self._keep(name, low, entries[name].tensor)
 
     def _keep(self, name: str, low: Tensor, tensor: Tensor) -> None:
-        self._kept[name] = (low, tensor.dtype, tensor._version)
+        self._kept[name] = (low, tensor.dtype, _Stamp.of(tensor))
 
     def valid(self, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         """Return the low bits that are not zero, by name."""
@@ -79,30 +93,27 @@ class LowBits:
             kernels.narrow_(exact, value, low)
             self._keep(p.name, low, p.target)
 
-    def follow(
-        self, before: Mapping[str, tuple[Tensor, Tensor | None]], now: Mapping[str, Entry]
-    ) -> None:
-        """Carry precision through a move or cast of the module.
+    def carry(self, name: str, low: Tensor | None, old: Tensor, new: Tensor) -> None:
+        """Carry the precision of one tensor through a move or cast; `settle` has to follow.
 
         Args:
-            before: the averages and their low bits as they were.
-            now: the module's entries after the move.
+            name: the tensor's name.
+            low: its low bits as they were, if any.
+            old: the tensor as it was.
+            new: the tensor as it was moved or cast, which is written to where that loses nothing.
         """
-        self._kept = {}
-        for name, (old, low) in before.items():
-            if name not in now:
-                continue
-            new = now[name].tensor
-            if old.is_meta or new.is_meta or not old.is_floating_point():
-                continue
-            if low is not None and old.dtype == new.dtype:
-                self._keep(name, low.to(new.device), new)
-            elif old.dtype != new.dtype and (low is not None or new.dtype in kernels.HALF):
-                exact = old if low is None else kernels.widen(old, low)
-                if new.dtype in kernels.HALF:
-                    self.write(name, new, exact)
-                else:
-                    new.detach().copy_(exact)
+        if old.is_meta or new.is_meta or not old.is_floating_point():
+            return
+        if old.dtype == new.dtype:
+            if low is not None:
+                self._kept[name] = (low.to(new.device), new.dtype, None)
+        elif low is not None or new.dtype in kernels.HALF:
+            exact = old if low is None else kernels.widen(old, low)
+            if new.dtype in kernels.HALF:
+                self.write(name, new, exact)
+                self._kept[name] = (*self._kept[name][:2], None)
+            else:
+                new.copy_(exact)
 
     def load(
         self,
@@ -126,13 +137,18 @@ class LowBits:
         """
         values = [state_dict[key] for key in keys if isinstance(state_dict.get(key), Tensor)]
         lows = [state_dict[key] for key in low_keys if isinstance(state_dict.get(key), Tensor)]
-        if not values or any(value.shape != target.shape for value in values):
+        if any(value.shape != target.shape for value in values):
             return
-        value = values[0].detach()
-        if any(low.dtype != torch.int16 or low.shape != value.shape for low in lows):
+        if any(low.dtype != torch.int16 or low.shape != target.shape for low in lows):
             return
         for key in low_keys:
             state_dict.pop(key, None)
+        if not values:
+            if lows:
+                # The module reads its value under another key, by a hook of its own.
+                self._kept[name] = (lows[-1].to(target.device, copy=True), target.dtype, None)
+            return
+        value = values[0].detach()
         self.drop([name])
         if not all(other is values[0] or torch.equal(other, value) for other in values):
             # Tied here but not there: the last one loaded wins, and its low bits are not known.

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from polyak._checks import ArgumentError
+from polyak.names import collect
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -33,17 +33,19 @@ def copy_module(model: M, device: torch.device | None, dtype: torch.dtype | None
             that cannot be copied; the message names the module and the way out.
     """
     memo: dict[int, Any] = {}
+    # For its errors: lazy parameters cannot be copied.
+    collect(model)
     for name, module in model.named_modules():
         where = f"{type(module).__name__} at {name!r}" if name else type(module).__name__
         for key, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in memo:
-                _refuse(where, key, parameter)
+                _refuse_sharded(where, key, parameter)
                 if type(parameter) is nn.Parameter:
                     fresh = _fresh(parameter, device, dtype)
                     memo[id(parameter)] = nn.Parameter(fresh, requires_grad=False)
         for key, buffer in module._buffers.items():
             if buffer is not None and id(buffer) not in memo:
-                _refuse(where, key, buffer)
+                _refuse_sharded(where, key, buffer)
                 if type(buffer) is Tensor:
                     memo[id(buffer)] = _fresh(buffer, device, dtype)
         _memo_computed(module.__dict__, memo, device, dtype, set())
@@ -72,12 +74,7 @@ def _fresh(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | Non
     ).copy_(tensor.detach())
 
 
-def _refuse(where: str, key: str, tensor: Tensor) -> None:
-    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
-        raise ArgumentError(
-            f"{key!r} of {where} is not initialised yet. Run one batch through the model, then "
-            "build the average."
-        )
+def _refuse_sharded(where: str, key: str, tensor: Tensor) -> None:
     if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
         raise ArgumentError(
             f"{key!r} of {where} is sharded (a DTensor). Build the averaged module before the "

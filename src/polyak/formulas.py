@@ -135,12 +135,16 @@ def ramp_up_decay(
     Args:
         batch: B, the samples since the update before.
         seen: n, the samples seen so far.
-        half_life: h, the half-life in samples that the ramp ends at.
+        half_life: h, the half-life in samples that the ramp ends at; infinite for no end.
         ratio: r, the half-life as a fraction of the samples seen; None disables the ramp.
         eps: ε, which keeps the division finite at the start.
 
     Returns:
         β, the weight that the old average keeps.
+
+    Raises:
+        ArgumentError: ``batch`` or ``eps`` not above 0, or ``seen``, ``half_life`` or ``ratio``
+            below 0.
 
     Example:
         >>> ramp_up_decay(batch=32, seen=10_000, half_life=10_000)
@@ -149,6 +153,13 @@ def ramp_up_decay(
     Reference:
         The training loop of NVlabs/stylegan3 (Karras et al., arXiv 2106.12423).
     """
+    number("batch", batch, above=0)
+    number("seen", seen, at_least=0)
+    if half_life != math.inf:
+        number("half_life", half_life, at_least=0)
+    if ratio is not None:
+        number("ratio", ratio, at_least=0)
+    number("eps", eps, above=0)
     ramped = half_life if ratio is None else min(half_life, seen * ratio)
     return float(0.5 ** (batch / max(ramped, eps)))
 
@@ -164,6 +175,9 @@ def annealed_momentum(momentum: float, gamma: float, steps: float) -> float:
     Returns:
         The share of the new sample.
 
+    Raises:
+        ArgumentError: ``momentum`` outside (0, 1), ``gamma`` not above 0 or ``steps`` below 0.
+
     Example:
         >>> annealed_momentum(0.0002, 100, steps=300)
         0.25
@@ -171,4 +185,7 @@ def annealed_momentum(momentum: float, gamma: float, steps: float) -> float:
     Reference:
         ``MomentumAnnealingEMA`` of open-mmlab/mmengine.
     """
+    number("momentum", momentum, above=0, below=1)
+    number("gamma", gamma, above=0)
+    number("steps", steps, at_least=0)
     return max(momentum, gamma / (gamma + steps))

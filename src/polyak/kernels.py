@@ -1,15 +1,17 @@
 """In-place arithmetic over lists of tensors: the only code that knows dtypes and devices.
 
-Nothing here reads a value on the host but `all_finite`, whose answer is one.
+Nothing here reads a value on the host but `all_finite` and what asks it, and `squared_distance`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from polyak._checks import OnNonfinite, listed
 
 HALF = (torch.float16, torch.bfloat16)
 """Dtypes too coarse to hold a slow average: one step of it is less than half their spacing."""
@@ -17,13 +19,23 @@ HALF = (torch.float16, torch.bfloat16)
 AVERAGED = (*HALF, torch.float32, torch.float64, torch.complex64, torch.complex128)
 """Dtypes that are averaged; tensors of all others (integers, bools) are copied."""
 
-# A float16's residual is at most half its spacing. Scaled by 2^11 it fits a float16 again.
-_FLOAT16_SCALE = 2048.0
-
 
 def is_averaged(tensor: Tensor) -> bool:
     """Whether a tensor's dtype can be averaged: floating-point or complex, of 16 bits or more."""
     return tensor.dtype in AVERAGED
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether tensors are dense and of no class of their own.
+
+    Sharded tensors (DTensor) have no rules for calls over lists, nor may they stand beside plain
+    ones in one call, as the buffers of a sharded model would.
+    """
+    return all(type(t) in (Tensor, torch.nn.Parameter) and _is_dense(t) for t in tensors)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_quantized
 
 
 def averaging_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -54,7 +66,7 @@ def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weights: Sequenc
         if weight == 1.0:
             taken[0].append(target)
             taken[1].append(source)
-        elif source.device == device and source.dtype == dtype and _plain(target, source):
+        elif source.device == device and source.dtype == dtype and is_plain(target, source):
             group = groups[device, dtype]
             group[0].append(_real(target))
             group[1].append(_real(source))
@@ -74,7 +86,7 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         raise ValueError(f"{len(targets)} targets but {len(sources)} sources")
     plain: tuple[list[Tensor], list[Tensor]] = ([], [])
     for target, source in zip(targets, sources, strict=True):
-        if _plain(target, source):
+        if is_plain(target, source):
             plain[0].append(target)
             plain[1].append(source)
         else:
@@ -92,7 +104,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     for tensor in tensors:
         if not is_averaged(tensor) or not tensor.numel():
             continue
-        if _plain(tensor):
+        if is_plain(tensor):
             by_device[tensor.device].append(_real(tensor))
         elif not bool(_whole(torch.linalg.vector_norm(_real(tensor), torch.inf)).isfinite()):
             return False
@@ -113,8 +125,27 @@ def squared_distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float
     return total
 
 
+def accept(named: Mapping[str, Tensor], policy: OnNonfinite) -> bool:
+    """Whether an update may take tensors in, by what it does about infinities and NaNs.
+
+    Raises:
+        FloatingPointError: with the policy "raise", naming the tensors.
+    """
+    if policy == "propagate" or all_finite(named.values()):
+        return True
+    if policy == "raise":
+        bad = [repr(name) for name, tensor in named.items() if not all_finite([tensor])]
+        raise FloatingPointError(
+            f"the model's {listed(bad)} is not finite; the average is unchanged. "
+            'on_nonfinite="skip" passes over such updates.'
+        )
+    return False
+
+
 def widen(value: Tensor, low: Tensor | None) -> Tensor:
     """The float32 whose halves are ``value`` and ``low``, in a new tensor.
+
+    Low bits that belong to another value add at most half a spacing of this one.
 
     Args:
         value: float16 or bfloat16.
@@ -124,16 +155,20 @@ def widen(value: Tensor, low: Tensor | None) -> Tensor:
     if low is None:
         return wide
     if value.dtype == torch.bfloat16:
+        # Below zero and above infinity there are only other numbers' bits, and NaNs.
+        low = torch.where(value == 0, low.clamp_min(0), low)
+        low = torch.where(value.isinf(), low.clamp_max(0), low)
         # The bits are added as integers, since low is signed: value was rounded to nearest.
         return wide.view(torch.int32).add_(low).view(torch.float32)
-    return wide.add_(low.view(torch.float16).float(), alpha=1 / _FLOAT16_SCALE)
+    return wide.addcmul_(low.float(), _float16_unit(value))
 
 
 def narrow_(exact: Tensor, value: Tensor, low: Tensor) -> None:
     """Split a float32 into a rounded half and what the rounding left, both written in place.
 
     A bfloat16 is the upper half of a float32, so that 16 bits hold the rest to the bit. For
-    float16 the rest is a scaled float16: 22 bits of precision in all.
+    float16 the rest is counted in 2^-15 of its spacing: exact where float16 is normal, from 6e-5
+    on, and to 2^-40 below.
 
     Args:
         exact: float32.
@@ -149,9 +184,21 @@ def narrow_(exact: Tensor, value: Tensor, low: Tensor) -> None:
         low.copy_(bits.sub(rounded))
     else:
         value.copy_(exact)
-        rest = exact.sub(value).mul_(_FLOAT16_SCALE)
+        rest = exact.sub(value).div_(_float16_unit(value)).round_()
         # Beyond float16's range the value is infinite, and so is its average.
-        low.copy_(rest.nan_to_num_(0.0, 0.0, 0.0).half().view(torch.int16))
+        low.copy_(rest.nan_to_num_(0.0, 0.0, 0.0))
+
+
+def _float16_unit(value: Tensor) -> Tensor:
+    """2^-15 of the spacing at each float16, as float32, built from its exponent."""
+    exponent = value.view(torch.int16).bitwise_right_shift(10).bitwise_and_(31).clamp_min_(1)
+    # float16 has a bias of 15 and 10 bits of fraction, float32 a bias of 127 above 23 bits.
+    return (
+        exponent.to(torch.int32)
+        .add_(127 - 15 - 10 - 15)
+        .bitwise_left_shift_(23)
+        .view(torch.float32)
+    )
 
 
 def _place(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
@@ -160,15 +207,6 @@ def _place(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
 
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def _plain(*tensors: Tensor) -> bool:
-    # Sharded tensors (DTensor) have no rules for calls over lists, nor may they stand beside
-    # plain ones in one call, as the buffers of a sharded model would.
-    return all(type(tensor) in _PLAIN for tensor in tensors)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -13,27 +13,27 @@ from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from polyak._checks import ArgumentError
+from polyak._checks import ArgumentError, listed
+from polyak.kernels import is_plain
 
 Kind = Literal["parameter", "buffer"]
 
 WRAPPER_SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Children that only a wrapper has: torch.compile, FSDP, activation checkpointing."""
 
-_SHOWN = 8
-
 
 class NameMismatchError(ValueError):
     """The tensors of two models do not match by name, shape or kind of number."""
 
 
-class _SelfSourceError(NameMismatchError):
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            f"the source is the average itself: {name!r} is the same memory in both. "
-            "Update it from the model that is trained."
-        )
+def self_source(name: str) -> NameMismatchError:
+    """The error for an average that is given as its own source."""
+    return NameMismatchError(
+        f"the source is the average itself: {name!r} is the same memory in both. "
+        "Update it from the model that is trained."
+    )
 
 
 @dataclass
@@ -97,15 +97,22 @@ def _is_wrapping(model: nn.Module, key: str) -> bool:
     )
 
 
-def collect(model: nn.Module) -> dict[str, Entry]:
+def collect(model: nn.Module, without: nn.Module | None = None) -> dict[str, Entry]:
     """Return the parameters and buffers of a model by canonical name.
 
     A tensor with several names stands once, under its first, with the others as ``ties``. Two
     tensors in the very same memory are one, as after loading ties with ``assign=True``.
+
+    Args:
+        model: the model.
+        without: a module inside it that is passed over, such as its own average.
+
+    Raises:
+        ArgumentError: a lazy parameter or buffer that is not initialised.
     """
     entries: dict[str, Entry] = {}
     by_memory: dict[object, Entry] = {}
-    for name, tensor, kind, persistent in _walk(model, ""):
+    for name, tensor, kind, persistent in walk(model, "", without):
         memory = _memory(tensor)
         known = by_memory.get(memory)
         if known is None:
@@ -115,16 +122,33 @@ def collect(model: nn.Module) -> dict[str, Entry]:
     return entries
 
 
-def _walk(model: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, Kind, bool]]:
+def walk(
+    model: nn.Module, prefix: str = "", without: nn.Module | None = None
+) -> Iterator[tuple[str, Tensor, Kind, bool]]:
+    """Yield every tensor under every name, with its kind and whether it is persistent."""
+    if model is without:
+        return
     for key, parameter in model._parameters.items():
         if parameter is not None:
+            _refuse_lazy(model, prefix, key, parameter)
             yield prefix + key, parameter, "parameter", True
     for key, buffer in model._buffers.items():
         if buffer is not None:
+            _refuse_lazy(model, prefix, key, buffer)
             yield prefix + key, buffer, "buffer", key not in model._non_persistent_buffers_set
     for key, child in model._modules.items():
         if child is not None:
-            yield from _walk(child, prefix if _is_wrapping(model, key) else f"{prefix}{key}.")
+            inner = prefix if _is_wrapping(model, key) else f"{prefix}{key}."
+            yield from walk(child, inner, without)
+
+
+def _refuse_lazy(model: nn.Module, prefix: str, key: str, tensor: Tensor) -> None:
+    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+        where = f" at {prefix[:-1]!r}" if prefix else ""
+        raise ArgumentError(
+            f"{key!r} of {type(model).__name__}{where} is not initialised yet. Run one batch "
+            "through the model, then build the average."
+        )
 
 
 def select(
@@ -146,13 +170,13 @@ def select(
             if not any(matches(entry, [glob], None) for entry in entries.values()):
                 raise ArgumentError(
                     f"{role} has the pattern {glob!r}, which matches no name of the model; "
-                    f"its names are {_listed(list(entries))}"
+                    f"its names are {listed([repr(name) for name in entries])}"
                 )
     chosen = {n: e for n, e in entries.items() if matches(e, included, excluded)}
     if not chosen:
         raise ArgumentError(
             f"nothing is left to average: include={include!r}, exclude={exclude!r}, "
-            f"names of the model: {_listed(list(entries))}"
+            f"names of the model: {listed([repr(name) for name in entries])}"
         )
     return chosen
 
@@ -180,6 +204,7 @@ def pair(
     targets: Mapping[str, Entry],
     model: nn.Module,
     expected: Callable[[Entry], bool] = lambda entry: True,
+    without: nn.Module | None = None,
 ) -> list[Pair]:
     """Pair the tensors of an average with those of a model, by canonical name and strictly.
 
@@ -187,6 +212,7 @@ def pair(
         targets: the average's entries.
         model: the source; wrappers are understood.
         expected: whether a tensor of the model has to stand in the average too.
+        without: a module inside the model that is passed over, such as the average itself.
 
     Returns:
         One pair for each entry of ``targets``, in their order.
@@ -195,7 +221,7 @@ def pair(
         NameMismatchError: names that are missing or not expected, shapes that differ, a complex
             and a real tensor, ties that the model has cut, or the average itself as the source.
     """
-    sources = all_names(collect(model))
+    sources = all_names(collect(model, without))
     wanted = all_names(targets)
     if not wanted.keys() <= sources.keys() and all(n.startswith("module.") for n in sources):
         # A wrapper that is not known here: all names behind one segment, and the rest agrees.
@@ -209,11 +235,11 @@ def pair(
     for name, entry in targets.items():
         source = sources.get(name)
         if source is None:
-            missing.append(name)
+            missing.append(repr(name))
             continue
         tensor = source.tensor
         if _memory(tensor) == _memory(entry.tensor):
-            raise _SelfSourceError(name)
+            raise self_source(name)
         if tensor.shape != entry.tensor.shape:
             problems.append(
                 f"{name!r} has shape {tuple(entry.tensor.shape)} in the average and "
@@ -226,26 +252,25 @@ def pair(
         for tie in entry.ties:
             other = sources.get(tie)
             if other is None:
-                missing.append(tie)
+                missing.append(repr(tie))
             elif other is not source:
                 problems.append(
                     f"{name!r} and {tie!r} are one tensor in the average and two in the model"
                 )
         pairs.append(Pair(name, entry.tensor, tensor, entry.kind))
     if missing:
-        problems.insert(0, f"missing in the model: {_listed(missing)}")
-    extra = [name for name, e in sources.items() if name not in wanted and expected(e)]
+        problems.insert(0, f"missing in the model: {listed(missing)}")
+    extra = [repr(name) for name, e in sources.items() if name not in wanted and expected(e)]
     if extra:
-        problems.insert(0, f"not expected by the average: {_listed(extra)}")
+        problems.insert(0, f"not expected by the average: {listed(extra)}")
     if problems:
         own = {_memory(entry.tensor) for entry in targets.values()}
         shared = [name for name, entry in sources.items() if _memory(entry.tensor) in own]
         if shared:
-            raise _SelfSourceError(shared[0])
+            raise self_source(shared[0])
         raise NameMismatchError(
             "the model does not match the average:\n  "
-            + "\n  ".join(problems[:_SHOWN])
-            + (f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else "")
+            + listed(problems, "\n  ")
             + "\nUse the model that the average was built from, or build a new average."
         )
     return pairs
@@ -288,14 +313,6 @@ def match_keys(keys: Iterable[str], own: Iterable[str], segment: str) -> dict[st
 
 def _memory(tensor: Tensor) -> object:
     """What two tensors have in common if they are one."""
-    if type(tensor) not in _PLAIN or tensor.numel() == 0 or tensor.data_ptr() == 0:
+    if not is_plain(tensor) or tensor.numel() == 0 or tensor.data_ptr() == 0:
         return id(tensor)
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
-
-
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
-
-
-def _listed(found: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in found[:_SHOWN])
-    return shown + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from polyak._checks import ArgumentError, flag, number, plain, whole
+from polyak._checks import ArgumentError, flag, number, plain, share, whole
 from polyak.formulas import annealed_momentum, ramp_up_decay, sigma_rel_to_gamma
 
 __all__ = [
@@ -82,7 +82,8 @@ class Schedule(ABC):
             A float in [0, 1]; 1 where ``previous`` is None.
 
         Raises:
-            ArgumentError: a clock that is negative, not finite, or does not advance.
+            ArgumentError: a clock that is negative, not finite, or does not advance; a share
+                outside [0, 1], from a schedule of one's own.
         """
         # Checked as floats but used as given: integers stay exact however long the run.
         number("now", now, at_least=0)
@@ -94,7 +95,7 @@ class Schedule(ABC):
                 f"the clock must advance between two samples: previous is {previous:g}, "
                 f"now is {now:g}"
             )
-        return self._share(previous, now)
+        return share(f"{self}", self._share(previous, now))
 
     @abstractmethod
     def _share(self, previous: float, now: float) -> float: ...
@@ -219,6 +220,8 @@ class Exponential(ClosedForm):
         # (M(n) − M(n')) / M(n') keeps its digits for a short step, and overflows for a long one,
         # where the difference of log M, which is x + log(1 − e^−x), does not cancel.
         since = -math.expm1(-previous * self.rate)
+        if since == 0:
+            return math.inf
         if growth < 1:
             return math.log1p(math.expm1(growth) / since)
         return growth + math.log(-math.expm1(-now * self.rate)) - math.log(since)

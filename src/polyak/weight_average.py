@@ -14,16 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from polyak import _checks, kernels, names
-from polyak._average_state import (
-    FORMAT,
-    VERSION,
-    Counters,
-    OneAverage,
-    check_format,
-    fitting,
-    named,
-)
+from polyak import _applied, _checks, kernels, names
+from polyak._average_state import FORMAT, VERSION, Counters, OneAverage, fitting, named, read
 from polyak._checks import ArgumentError, OnNonfinite, number, whole
 from polyak.schedules import Schedule
 
@@ -73,9 +65,9 @@ class WeightAverage:
         include: glob or globs of canonical names; only tensors that match one are averaged.
         exclude: glob or globs of canonical names; tensors that match one are left out.
         trainable_only: whether parameters that need no gradient are left out.
-        on_nonfinite: what an update does when the weights hold an infinity or a NaN: "propagate"
-            averages them, "skip" advances the clock only and counts the update in ``skipped``,
-            "raise" raises. The last two wait for the device.
+        on_nonfinite: what an update does when averaged tensors hold an infinity or a NaN:
+            "propagate" averages them, "skip" advances the clock only and counts the update in
+            ``skipped``, "raise" raises. The last two wait for the device.
 
     Raises:
         ArgumentError: an argument out of range or of a wrong type, a pattern that matches no
@@ -146,7 +138,8 @@ class WeightAverage:
         self._copies: dict[str, Tensor] = {}
         for name, entry in entries.items():
             source = entry.tensor.detach()
-            if source.is_floating_point() and not kernels.is_averaged(source):
+            wanted_average = entry.kind == "parameter" or self._buffers == "average"
+            if wanted_average and source.is_floating_point() and not kernels.is_averaged(source):
                 raise ArgumentError(
                     f"{name!r} is {source.dtype}, which cannot be averaged; leave it out "
                     "by exclude="
@@ -213,26 +206,15 @@ class WeightAverage:
             RuntimeError: the average is applied to a model at the moment.
         """
         step = number("advance", advance, above=0)
-        if self._applied:
-            raise RuntimeError(
-                "update() inside applied_to(): the model holds averaged weights, which must not "
-                "be averaged again. Leave the with-block first."
-            )
-        # Whole steps are counted as integers, which stay exact for ever.
+        # Whole steps are counted as integers, which do not round.
         clock = self._counters.clock + (int(step) if step.is_integer() else step)
+        source = self._source(model)
+        _applied.refuse(source, self._applied)
         if self._counters.calls % self._every == 0:
-            pairs = self._pair(self._source(model))
-            finite = self._on_nonfinite == "propagate" or kernels.all_finite(
-                p.source.detach() for p in pairs
-            )
-            if finite:
+            pairs = self._pair(source)
+            averaged = {p.name: p.source.detach() for p in pairs if p.name not in self._copies}
+            if kernels.accept(averaged, self._on_nonfinite):
                 self._take(pairs, clock)
-            elif self._on_nonfinite == "raise":
-                bad = [p.name for p in pairs if not kernels.all_finite([p.source.detach()])]
-                raise FloatingPointError(
-                    f"{bad[0]!r}{f' and {len(bad) - 1} more' * (len(bad) > 1)} is not finite; the "
-                    'average is unchanged. on_nonfinite="skip" passes over such updates.'
-                )
             else:
                 self._counters.skipped += 1
         self._counters.clock = clock
@@ -275,7 +257,8 @@ class WeightAverage:
         """Update after every step of an optimizer, by itself.
 
         Accumulated gradients make one step and so one update. A step that a GradScaler skips,
-        for gradients that are not finite, makes none.
+        for gradients that are not finite, makes none; with a fused optimizer, looking whether it
+        did waits for the device.
 
         Args:
             optimizer: the optimizer that trains the model.
@@ -299,11 +282,15 @@ class WeightAverage:
             >>> average.samples
             1
         """
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"attach() needs a torch.optim.Optimizer, but got {type(optimizer).__name__}. "
-                "Call update() after its step instead."
-            )
+        # Wrappers, such as Accelerate's, are optimizers without hooks around one that has them.
+        while not hasattr(optimizer, "_optimizer_step_post_hooks"):
+            inner = getattr(optimizer, "optimizer", None)
+            if not isinstance(inner, Optimizer):
+                raise TypeError(
+                    f"attach() needs a torch.optim.Optimizer, but got {type(optimizer).__name__}. "
+                    "Call update() after its step instead."
+                )
+            optimizer = inner
         if not callable(advance):
             number("advance", advance, above=0)
         source = self._source(model)
@@ -323,7 +310,8 @@ class WeightAverage:
     ) -> Iterator[nn.Module]:
         """Put the averaged weights into a model for the length of a with-block.
 
-        The model's own weights come back bit for bit, also when the block raises.
+        The model's own weights come back bit for bit, also when the block raises. While they are
+        away, no average takes the model's weights in.
 
         Args:
             model: the model; None for the one that the average was built from.
@@ -348,16 +336,33 @@ class WeightAverage:
             own = {p.name: p.source.detach().clone() for p in pairs}
         self._applied = True
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                kernels.copy_([p.source for p in pairs], [tensors[p.name] for p in pairs])
-            yield chosen
+            with _applied.marked(chosen):
+                with torch.inference_mode(False), torch.no_grad():
+                    kernels.copy_([p.source for p in pairs], [tensors[p.name] for p in pairs])
+                yield chosen
         finally:
             self._applied = False
-            with torch.inference_mode(False), torch.no_grad():
-                # Looked up anew: the block may have moved the model, which replaces its buffers.
-                now = names.collect(chosen)
-                live = [now[p.name].tensor if p.name in now else p.source for p in pairs]
-                kernels.copy_(live, [own[p.name] for p in pairs])
+            self._restore(chosen, pairs, own)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _restore(self, model: nn.Module, pairs: list[names.Pair], own: dict[str, Tensor]) -> None:
+        # Looked up anew: the block may have moved the model, which replaces its buffers. The
+        # tensors from before are restored too, since an optimizer may hold them.
+        now = dict(names.collect(model))
+        lost = []
+        for p in pairs:
+            live = now[p.name].tensor if p.name in now else None
+            for tensor in (p.source,) if live is p.source else (p.source, live):
+                if tensor is not None and tensor.shape == own[p.name].shape:
+                    tensor.copy_(own[p.name])
+            if live is None or live.shape != own[p.name].shape:
+                lost.append(repr(p.name))
+        if lost:
+            _checks.warn_user(
+                f"the block inside applied_to() replaced {_checks.listed(lost)}: the model's own "
+                "weights could not be put back there"
+            )
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -463,7 +468,7 @@ class WeightAverage:
                 from those given here: "raise", or go on with the "saved" or the "given" ones.
 
         Raises:
-            ValueError: not a state of this class, or one of a later version.
+            ValueError: not a state of this class, one of a later version, or a damaged one.
             NameMismatchError: names, shapes or averages that differ from those here, or a dtype
                 that would lose precision.
             ArgumentError: settings that differ.
@@ -471,41 +476,47 @@ class WeightAverage:
         _checks.one_of("on_change", on_change, get_args(OnChange))
         if self._applied:
             raise RuntimeError("load_state_dict() inside applied_to(): leave the with-block first")
-        check_format(state_dict)
-        saved = state_dict["averages"]
-        if saved.keys() != self._averages.keys():
+        saved = read(state_dict)
+        if saved.tensors.keys() != self._averages.keys():
             raise names.NameMismatchError(
-                f"the state has the averages {sorted(saved)}, this object {sorted(self._averages)}"
+                f"the state has the averages {sorted(saved.tensors)}, this object "
+                f"{sorted(self._averages)}"
             )
-        loads = fitting("copied buffers", self._copies, state_dict.get("copies", {}))
+        loads = fitting("copied buffers", self._copies, saved.copies)
         changes = []
-        schedules = {}
         for key, average in self._averages.items():
-            loads += fitting(f"average {key!r}", average.tensors, saved[key].get("tensors", {}))
-            schedules[key] = Schedule.from_dict(saved[key]["schedule"])
-            if schedules[key] != average.schedule:
+            loads += fitting(f"average {key!r}", average.tensors, saved.tensors[key])
+            if saved.schedules[key] != average.schedule:
                 changes.append(
-                    f"schedule {key!r}: {schedules[key]} saved, {average.schedule} given"
+                    f"schedule {key!r}: {saved.schedules[key]} saved, {average.schedule} given"
                 )
-        for name, given in (("start", self._start), ("every", self._every)):
-            if state_dict[name] != given:
-                changes.append(f"{name}: {state_dict[name]} saved, {given} given")
+        for name, there, here in (
+            ("start", saved.start, self._start),
+            ("every", saved.every, self._every),
+        ):
+            if there != here:
+                changes.append(f"{name}: {there} saved, {here} given")
         if changes and on_change == "raise":
             raise ArgumentError(
                 "the settings changed:\n  "
                 + "\n  ".join(changes)
                 + '\nPass on_change="saved" or on_change="given" to go on with either.'
             )
-        counters = Counters(**state_dict["counters"])
-        squares = {key: float(one["squares"]) for key, one in saved.items()}
+        last = saved.counters.averaged_at
+        if on_change == "given" and last is not None and last <= self._start:
+            raise ArgumentError(
+                f"start={self._start} given, but the saved average has its last sample at "
+                f"{last}, so that the next update would overwrite it: give a smaller start, or "
+                'pass on_change="saved"'
+            )
         kernels.copy_([target for target, _ in loads], [source for _, source in loads])
         for key, average in self._averages.items():
-            average.squares = squares[key]
+            average.squares = saved.squares[key]
             if on_change == "saved":
-                average.schedule = schedules[key]
+                average.schedule = saved.schedules[key]
         if on_change == "saved":
-            self._start, self._every = state_dict["start"], state_dict["every"]
-        self._counters = counters
+            self._start, self._every = saved.start, saved.every
+        self._counters = saved.counters
 
     def __getstate__(self) -> dict[str, Any]:
         if self._applied:
