@@ -515,9 +515,11 @@ def test_row_17_no_gradient_is_copied_and_one_copy_of_the_weights_is_made(case: 
     model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64))
     model(torch.ones(2, 64)).sum().backward()
     weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    # Small vectors are made once more, to lie side by side, in pieces of one bucket.
+    moved = sum(t.nbytes for t in [*model.parameters(), *model.buffers()] if t.dim() == 1)
     with NewBytes() as new:
         average = case.build(model)
-    assert weights <= new.total <= weights + 64
+    assert weights <= new.total <= weights + moved + 64
     if isinstance(average, polyak.BaseAveragedModel):
         assert all(p.grad is None for p in average.parameters())
 

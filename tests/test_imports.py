@@ -30,6 +30,7 @@ FLOORS = (
     "kernels",
     "names",
     "_applied",
+    "_binding",
     # Floor 1: live averages.
     "_module_copy",
     "_low_bits",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from polyak import _applied, _checks, kernels, names
+from polyak._binding import Binding
 from polyak._checks import ArgumentError, OnNonfinite, whole
 from polyak._low_bits import PREFIX as LOW_BITS
 from polyak._low_bits import LowBits
@@ -22,6 +23,20 @@ __all__ = [
 
 _NEVER = 2**62
 Self = TypeVar("Self", bound="BaseAveragedModel")
+
+
+class _Bound(NamedTuple):
+    """The pairs of an average and a model, by what an update does with them."""
+
+    averaged: list[names.Pair]
+    copied: list[names.Pair]
+    halves: list[names.Pair]
+    """Those averaged in half precision."""
+    others: list[names.Pair]
+    """Those averaged in their own dtype."""
+    plan: kernels.Plan
+    """Of the others."""
+    update_buffers: bool
 
 
 class BaseAveragedModel(nn.Module):
@@ -124,6 +139,7 @@ class BaseAveragedModel(nn.Module):
         self.register_buffer("steps", torch.tensor(0, dtype=torch.long, device=kept))
         self._kept_device = kept
         self._low_bits = LowBits()
+        self._binding = Binding[_Bound]()
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
         # The counter, its version and its value, when it was last seen.
         self._known_steps: tuple[Tensor, int, int] | None = None
@@ -171,23 +187,21 @@ class BaseAveragedModel(nn.Module):
             RuntimeError: the model holds averaged weights at the moment, inside
                 ``WeightAverage.applied_to``.
         """
-        pairs = self._pair(model)
+        bound = self._bind(model)
         _applied.refuse(model)
         count = self._read_steps() - self.start_iter
         copying = count <= 0
         averaging = not copying and count % self.interval == 0
-        averaged = [p for p in pairs if self._is_averaged(p.kind, p.target)]
-        copied = [p for p in pairs if not self._is_averaged(p.kind, p.target)]
         # What is only copied poisons nothing: the next update copies it again.
-        used = averaged if copying or averaging else []
+        used = bound.averaged if copying or averaging else []
         if not kernels.accept({p.name: p.source.detach() for p in used}, self.on_nonfinite):
             self.skipped += 1
             return
         if copying:
-            self._copy(averaged)
+            self._copy(bound.averaged)
         elif averaging:
-            self._average(averaged, count)
-        self._copy(copied)
+            self._average(bound, count)
+        self._copy(bound.copied)
         self.steps += 1
         self._remember_steps(count + self.start_iter + 1)
 
@@ -224,17 +238,16 @@ class BaseAveragedModel(nn.Module):
         """
         self._copy(self._pair(model))
 
-    def _average(self, pairs: list[names.Pair], count: int) -> None:
-        """Average the pairs at the ``count``-th update: one tensor after the other, by avg_func."""
+    def _average(self, bound: _Bound, count: int) -> None:
+        """Average at the ``count``-th update: one tensor after the other, by avg_func."""
         steps = self.steps if self.start_iter == 0 else self.steps - self.start_iter
 
         def update(target: Tensor, source: Tensor) -> None:
             self.avg_func(target, source, steps)
 
-        halves, others = _split(pairs)
-        for p in others:
+        for p in bound.others:
             update(p.target.data, p.source.data.to(p.target.device, p.target.dtype))
-        self._low_bits.update(halves, update)
+        self._low_bits.update(bound.halves, update)
 
     def _copy(self, pairs: list[names.Pair]) -> None:
         kernels.copy_([p.target for p in pairs], [p.source.detach() for p in pairs])
@@ -252,6 +265,23 @@ class BaseAveragedModel(nn.Module):
 
     def _averaged(self, entries: dict[str, names.Entry]) -> dict[str, names.Entry]:
         return {n: e for n, e in entries.items() if e.kind == "parameter" or self.update_buffers}
+
+    def _bind(self, model: nn.Module) -> _Bound:
+        def find() -> _Bound:
+            pairs = self._pair(model)
+            averaged = [p for p in pairs if self._is_averaged(p.kind, p.target)]
+            copied = [p for p in pairs if not self._is_averaged(p.kind, p.target)]
+            halves = [p for p in averaged if p.target.dtype in kernels.HALF]
+            others = [p for p in averaged if p.target.dtype not in kernels.HALF]
+            plan = kernels.Plan([[p.target for p in others]], [p.source for p in others])
+            return _Bound(averaged, copied, halves, others, plan, self.update_buffers)
+
+        _checks.module("model", model)
+        bound = self._binding.get(model, self.module, find)
+        if bound.update_buffers != self.update_buffers:
+            self._binding.clear()
+            return self._binding.get(model, self.module, find)
+        return bound
 
     def _pair(self, model: nn.Module) -> list[names.Pair]:
         plain = names.unwrap(_checks.module("model", model))
@@ -277,6 +307,8 @@ class BaseAveragedModel(nn.Module):
 
         An average stays on the device that was asked for, and keeps its precision through casts.
         """
+        # It holds memory that a move is meant to free.
+        self._binding.clear()
         kept = self._kept_device
         entries = self._averaged(self._entries())
         lows = self._low_bits.valid(entries)
@@ -433,20 +465,16 @@ class ScheduledAverage(BaseAveragedModel):
         """
         averaged_param.lerp_(source_param, self.share(int(steps)))
 
-    def _average(self, pairs: list[names.Pair], count: int) -> None:
+    def _average(self, bound: _Bound, count: int) -> None:
         if not self._averages_by_share():
-            super()._average(pairs, count)
+            super()._average(bound, count)
             return
         share = _checks.share(type(self).__name__, self.share(count))
-        halves, others = _split(pairs)
-        kernels.lerp_(
-            [p.target.detach() for p in others],
-            [p.source.detach() for p in others],
-            [share] * len(others),
-        )
-        self._low_bits.update(
-            halves, lambda target, source: kernels.lerp_([target], [source], [share])
-        )
+        if share == 1:
+            self._copy(bound.averaged)
+            return
+        bound.plan.lerp_([share])
+        self._low_bits.update(bound.halves, lambda target, source: target.lerp_(source, share))
 
     def _averages_by_share(self) -> bool:
         return getattr(self.avg_func, "__func__", None) is ScheduledAverage.avg_func
@@ -471,11 +499,6 @@ class ScheduledAverage(BaseAveragedModel):
 def _after_load(module: BaseAveragedModel, incompatible_keys: object) -> None:
     # A function and no method, since a hook is copied and pickled with its module.
     module._low_bits.settle(module._entries())
-
-
-def _split(pairs: list[names.Pair]) -> tuple[list[names.Pair], list[names.Pair]]:
-    halves = [p for p in pairs if p.target.dtype in kernels.HALF]
-    return halves, [p for p in pairs if p.target.dtype not in kernels.HALF]
 
 
 def _indexed(device: torch.device | None) -> torch.device | None:

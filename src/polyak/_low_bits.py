@@ -82,7 +82,7 @@ class LowBits:
         kernels.narrow_(exact.detach().to(tensor.device, torch.float32), tensor.detach(), low)
         self._keep(name, low, tensor)
 
-    def update(self, pairs: list[Pair], update: Callable[[Tensor, Tensor], None]) -> None:
+    def update(self, pairs: list[Pair], update: Callable[[Tensor, Tensor], object]) -> None:
         """Apply ``update(average, source)`` in float32 to the pairs, whose targets are halves."""
         for p in pairs:
             value, low = p.target.detach(), self.get(p.name, p.target)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak._checks import ArgumentError
+from polyak.kernels import lay_out
 from polyak.names import collect
 
 M = TypeVar("M", bound=nn.Module)
@@ -64,6 +65,7 @@ def copy_module(model: M, device: torch.device | None, dtype: torch.dtype | None
         copied.to(device, dtype)
     for parameter in copied.parameters():
         parameter.grad = None
+    lay_out(entry.tensor for entry in collect(copied).values() if not entry.ties)
     return copied
 
 

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from polyak import _applied, _checks, kernels, names
 from polyak._average_state import FORMAT, VERSION, Counters, OneAverage, fitting, named, read
+from polyak._binding import Binding
 from polyak._checks import ArgumentError, OnNonfinite, number, whole
 from polyak.schedules import Schedule
 
@@ -37,6 +38,15 @@ class Distance(NamedTuple):
     """‖average − weights‖₂."""
     relative: float
     """The same divided by ‖weights‖₂; infinite where the weights are all zero."""
+
+
+class _Bound(NamedTuple):
+    """The pairs of an average and a model, by what an update does with them."""
+
+    averaged: list[names.Pair]
+    copied: list[names.Pair]
+    plan: kernels.Plan
+    """Of those averaged."""
 
 
 class WeightAverage:
@@ -151,10 +161,12 @@ class WeightAverage:
                 averaged[name] = _like(source, wanted, kept)
             else:
                 self._copies[name] = _like(source, source.dtype, kept)
+        kernels.lay_out(averaged.values())
         first, *others = schedules
         self._averages = {first: OneAverage(schedules[first], averaged)}
         for key in others:
             clones = {name: tensor.clone() for name, tensor in averaged.items()}
+            kernels.lay_out(clones.values())
             self._averages[key] = OneAverage(schedules[key], clones)
         for name, entry in entries.items():
             tensor = averaged[name] if name in averaged else self._copies[name]
@@ -163,6 +175,7 @@ class WeightAverage:
             )
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self._counters = Counters()
+        self._binding = Binding[_Bound]()
         self._applied = False
 
     @property
@@ -211,16 +224,23 @@ class WeightAverage:
         source = self._source(model)
         _applied.refuse(source, self._applied)
         if self._counters.calls % self._every == 0:
-            pairs = self._pair(source)
-            averaged = {p.name: p.source.detach() for p in pairs if p.name not in self._copies}
+            bound = self._binding.get(source, None, lambda: self._bind(source))
+            averaged = {p.name: p.source.detach() for p in bound.averaged}
             if kernels.accept(averaged, self._on_nonfinite):
-                self._take(pairs, clock)
+                self._take(bound, clock)
             else:
                 self._counters.skipped += 1
         self._counters.clock = clock
         self._counters.calls += 1
 
-    def _take(self, pairs: list[names.Pair], clock: float) -> None:
+    def _bind(self, model: nn.Module) -> _Bound:
+        pairs = self._pair(model)
+        averaged = [p for p in pairs if p.name not in self._copies]
+        rows = [[one.tensors[p.name] for p in averaged] for one in self._averages.values()]
+        copied = [p for p in pairs if p.name in self._copies]
+        return _Bound(averaged, copied, kernels.Plan(rows, [p.source for p in averaged]))
+
+    def _take(self, bound: _Bound, clock: float) -> None:
         local = clock - self._start
         previous = (
             None if self._counters.averaged_at is None else self._counters.averaged_at - self._start
@@ -229,15 +249,15 @@ class WeightAverage:
             key: average.schedule.share(previous, local) if local > 0 else 1.0
             for key, average in self._averages.items()
         }
-        copied = [p for p in pairs if p.name in self._copies]
-        kernels.copy_([self._copies[p.name] for p in copied], [p.source.detach() for p in copied])
-        # Averages of one tensor stand in a row, so that its source is read and cast once.
-        updates = [
-            (average.tensors[p.name], source, shares[key])
-            for p, source in ((p, p.source.detach()) for p in pairs if p.name not in self._copies)
-            for key, average in self._averages.items()
-        ]
-        kernels.lerp_([u[0] for u in updates], [u[1] for u in updates], [u[2] for u in updates])
+        sources = [p.source.detach() for p in bound.copied]
+        kernels.copy_([self._copies[p.name] for p in bound.copied], sources)
+        if any(share < 1 for share in shares.values()):
+            bound.plan.lerp_(list(shares.values()))
+        for key, share in shares.items():
+            if share == 1:
+                # A copy, also over an average that is not finite, which no lerp would leave.
+                targets = [self._averages[key].tensors[p.name] for p in bound.averaged]
+                kernels.copy_(targets, [p.source.detach() for p in bound.averaged])
         self._counters.filled = True
         if local > 0:
             self._counters.samples += 1

@@ -1,0 +1,262 @@
+"""What an update keeps from one call to the next, and how it notices that it no longer holds."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import polyak
+from polyak import names
+from polyak._binding import Binding, fingerprint
+
+
+def build() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def train(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+
+
+def replace_parameter(model: Any) -> None:
+    model[0].weight = nn.Parameter(torch.zeros(4, 3))
+
+
+def replace_buffer(model: Any) -> None:
+    model[1].running_mean = torch.zeros(4)
+
+
+def move_storage(model: Any) -> None:
+    model[0].weight.data = model[0].weight.data.clone()
+
+
+def replace_child(model: Any) -> None:
+    model[2] = nn.Linear(4, 2)
+
+
+def cast(model: Any) -> None:
+    model.double()
+
+
+def cast_and_back(model: Any) -> None:
+    model.double().float()
+
+
+def assign(model: Any) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+def freeze(model: Any) -> None:
+    model.requires_grad_(False)
+
+
+CHANGES = [replace_parameter, replace_buffer, move_storage, replace_child, cast, cast_and_back]
+CHANGES += [assign, freeze]
+
+
+def averages(model: nn.Module) -> list[Any]:
+    return [
+        polyak.ExponentialMovingAverage(model, 0.5, update_buffers=True),
+        polyak.WeightAverage(model, polyak.Exponential(half_life=1), buffers="average"),
+        polyak.WeightAverage(model, [polyak.Exponential(half_life=1)] * 3, buffers="average"),
+    ]
+
+
+def update(average: Any, model: nn.Module) -> None:
+    if isinstance(average, polyak.BaseAveragedModel):
+        average.update_parameters(model)
+    else:
+        average.update(model)
+
+
+def values(average: Any) -> list[dict[str, Tensor]]:
+    if isinstance(average, polyak.BaseAveragedModel):
+        return [average.module.state_dict()]
+    return [average.tensors(key) for key in average.keys]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("kind", range(3))
+@pytest.mark.parametrize("side", ["model", "average"])
+def test_changes_of_the_tensors_are_noticed(
+    change: Callable[[Any], None], kind: int, side: str
+) -> None:
+    model = build()
+    average = averages(model)[kind]
+    if side == "average" and kind > 0:
+        # No one else can reach these.
+        return
+    wanted: dict[str, Tensor] = {}
+    for seed in range(6):
+        if seed == 3:
+            change(model if side == "model" else average.module)
+        train(model, seed)
+        if side == "average" and seed == 3:
+            wanted = {n: t.double().clone() for n, t in average.module.state_dict().items()}
+        update(average, model)
+        for name, entry in names.collect(model).items():
+            if entry.tensor.is_floating_point():
+                live = entry.tensor.detach().double()
+                wanted[name] = live if seed == 0 else (wanted[name] + live) / 2
+        for found in values(average):
+            for name, tensor in found.items():
+                if tensor.is_floating_point():
+                    torch.testing.assert_close(tensor.double(), wanted[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", range(2))
+def test_names_that_change_are_noticed(kind: int) -> None:
+    model = build()
+    average = averages(model)[kind]
+    for seed in range(3):
+        train(model, seed)
+        update(average, model)
+    model.add_module("renamed", model._modules.pop("2"))
+    with pytest.raises(polyak.NameMismatchError, match=r"not expected.*'renamed\.weight'"):
+        update(average, model)
+    model._modules["2"] = model._modules.pop("renamed")
+    update(average, model)
+    model.register_buffer("more", torch.ones(1))
+    with pytest.raises(polyak.NameMismatchError, match="'more'"):
+        update(average, model)
+
+
+def test_another_model_is_noticed() -> None:
+    first, second = build(), build()
+    for average in averages(first):
+        for seed, model in enumerate((first, second, first, second)):
+            train(model, seed)
+            update(average, model)
+        train(first, 9)
+        for name, tensor in values(average)[0].items():
+            if name == "0.bias":
+                samples = []
+                for seed in range(4):
+                    train(first, seed)
+                    samples.append(first.state_dict()[name].clone())
+                a, b, c, d = samples
+                torch.testing.assert_close(tensor, a / 8 + b / 8 + c / 4 + d / 2)
+
+
+def test_nothing_is_found_again_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    found = averages(model)
+    for average in found:
+        update(average, model)
+    calls: list[object] = []
+    monkeypatch.setattr(names, "pair", lambda *args, **kwargs: calls.append(args))
+    for seed in range(3):
+        train(model, seed)
+        for average in found:
+            update(average, model)
+    assert not calls
+    # The guard above can fail.
+    replace_parameter(model)
+    with pytest.raises(TypeError):
+        update(found[1], model)
+    assert calls
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_a_model_and_its_memory_are_not_kept_alive(kind: int) -> None:
+    model = build()
+    average = averages(model)[kind]
+    update(average, model)
+    update(average, model)
+    gone: list[weakref.ref[Any]] = [
+        weakref.ref(model),
+        *(weakref.ref(p) for p in model.parameters()),
+    ]
+    storage = model.get_parameter("0.weight").untyped_storage()._weak_ref()
+    model.get_parameter("0.weight").data = torch.ones(4, 3)
+    assert torch.UntypedStorage._expired(storage)
+    torch.UntypedStorage._free_weak_ref(storage)  # type: ignore[no-untyped-call]
+    del model
+    gc.collect()
+    assert not any(reference() for reference in gone)
+
+
+def test_a_copy_finds_for_itself() -> None:
+    model, other = build(), build()
+    for average in averages(model):
+        update(average, model)
+        copied = copy.deepcopy(average)
+        before = [{n: t.clone() for n, t in found.items()} for found in values(average)]
+        train(other, 1)
+        update(copied, other)
+        for left, was in zip(values(average), before, strict=True):
+            assert all(torch.equal(left[name], was[name]) for name in was)
+
+
+def test_small_vectors_lie_side_by_side_and_save_as_tensors_of_their_own() -> None:
+    model = build()
+    average = polyak.ExponentialMovingAverage(model)
+    several = polyak.WeightAverage(model, [polyak.Uniform()] * 2)
+    for tensors in (
+        [p for p in average.module.parameters() if p.dim() == 1],
+        [t for n, t in several._averages["1"].tensors.items() if t.dim() == 1],
+    ):
+        assert len({t.untyped_storage().data_ptr() for t in tensors}) == 1
+        assert len(tensors) == 4
+    update(several, model)
+    for state in (average.module.state_dict(), several.tensors(1)):
+        read = load(save(state))
+        assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+
+
+class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts calls, and reads of a value on the host among them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.reads = 0
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_update_reads_nothing_on_the_host(dtype: torch.dtype) -> None:
+    model = build().to(dtype)
+    found = averages(model)
+    for average in found:
+        update(average, model)
+    for average in found:
+        with Counting() as mode:
+            for _ in range(3):
+                update(average, model)
+        assert mode.calls and not mode.reads
+    with Counting() as mode:
+        model.get_parameter("0.bias").sum().item()
+    assert mode.reads
+
+
+def test_fingerprints_hold_no_references() -> None:
+    model = build()
+    for item in fingerprint(model):
+        assert isinstance(item, (int, str, type(None)))
+
+
+def test_a_binding_asks_again_after_clear() -> None:
+    binding = Binding[int]()
+    model = build()
+    assert binding.get(model, model, lambda: 1) == 1
+    binding.clear()
+    assert binding.get(model, model, lambda: 2) == 2
+    assert binding.get(build(), model, lambda: 3) == 3
