@@ -33,7 +33,7 @@ def wander(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("value", [0.0, -0.0, 1e-3, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-3])
 def test_low_bits_left_behind_by_a_write_through_data_do_no_harm(
     dtype: torch.dtype, value: float
 ) -> None:
@@ -49,7 +49,7 @@ def test_low_bits_left_behind_by_a_write_through_data_do_no_harm(
         assert not parameter.isnan().any()
         spacing = torch.finfo(dtype).eps * max(abs(value), torch.finfo(dtype).smallest_normal)
         close = (parameter - value).abs() <= spacing
-        assert (close | (parameter == value) | (value in (math.inf, -math.inf))).all()
+        assert (close | (parameter == value)).all()
 
 
 def test_a_replaced_storage_drops_low_bits() -> None:

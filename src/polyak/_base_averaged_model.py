@@ -474,7 +474,7 @@ class ScheduledAverage(BaseAveragedModel):
             self._copy(bound.averaged)
             return
         bound.plan.lerp_([share])
-        self._low_bits.update(bound.halves, lambda target, source: target.lerp_(source, share))
+        self._low_bits.lerp_(bound.halves, share)
 
     def _averages_by_share(self) -> bool:
         return getattr(self.avg_func, "__func__", None) is ScheduledAverage.avg_func

@@ -85,13 +85,24 @@ class LowBits:
     def update(self, pairs: list[Pair], update: Callable[[Tensor, Tensor], object]) -> None:
         """Apply ``update(average, source)`` in float32 to the pairs, whose targets are halves."""
         for p in pairs:
-            value, low = p.target.detach(), self.get(p.name, p.target)
+            value, low = p.target.detach(), self._low_of(p)
             exact = kernels.widen(value, low)
             update(exact, p.source.detach().to(exact.device, torch.float32))
-            if low is None:
-                low = torch.empty_like(value, dtype=torch.int16)
             kernels.narrow_(exact, value, low)
             self._keep(p.name, low, p.target)
+
+    def lerp_(self, pairs: list[Pair], share: float) -> None:
+        """Average the pairs, whose targets are halves."""
+        for p in pairs:
+            low = self._low_of(p)
+            kernels.lerp_halves_(p.target.detach(), low, p.source.detach(), share)
+            self._keep(p.name, low, p.target)
+
+    def _low_of(self, pair: Pair) -> Tensor:
+        low = self.get(pair.name, pair.target)
+        if low is None:
+            low = torch.zeros_like(pair.target, dtype=torch.int16, requires_grad=False)
+        return low
 
     def carry(self, name: str, low: Tensor | None, old: Tensor, new: Tensor) -> None:
         """Carry the precision of one tensor through a move or cast; `settle` has to follow.

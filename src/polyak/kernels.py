@@ -347,16 +347,16 @@ def widen(value: Tensor, low: Tensor | None) -> Tensor:
         value: float16 or bfloat16.
         low: int16 of the same shape, as written by `narrow_`; None for zeros.
     """
-    wide = value.float()
     if low is None:
-        return wide
-    if value.dtype == torch.bfloat16:
-        # Below zero and above infinity there are only other numbers' bits, and NaNs.
-        low = torch.where(value == 0, low.clamp_min(0), low)
-        low = torch.where(value.isinf(), low.clamp_max(0), low)
-        # The bits are added as integers, since low is signed: value was rounded to nearest.
-        return wide.view(torch.int32).add_(low).view(torch.float32)
-    return wide.addcmul_(low.float(), _float16_unit(value))
+        return value.float()
+    if value.dtype == torch.float16:
+        return value.float().addcmul_(low.float(), _float16_unit(value))
+    high = value.view(torch.int16)
+    # Below zero there are only NaNs, and no low bits that belong there.
+    least = high.bitwise_and(0x7FFF).clamp_max_(1).mul_(-0x8000)
+    # The low half is signed, since value was rounded to nearest: 2^16 high + low.
+    bits = high.to(torch.int32).bitwise_left_shift_(16)
+    return bits.add_(torch.maximum(low, least).to(torch.int32)).view(torch.float32)
 
 
 def narrow_(exact: Tensor, value: Tensor, low: Tensor) -> None:
@@ -371,18 +371,41 @@ def narrow_(exact: Tensor, value: Tensor, low: Tensor) -> None:
         value: float16 or bfloat16, receives the nearest half.
         low: int16, receives the rest.
     """
-    if value.dtype == torch.bfloat16:
-        bits = exact.view(torch.int32)
-        # Ties go up in magnitude rather than to even: the rest then always fits into int16.
-        rounded = bits.add(0x8000).bitwise_and_(-0x10000)
-        # The addition would carry the NaN of all ones, which CUDA makes, over to minus zero.
-        value.copy_(torch.where(exact.isnan(), exact, rounded.view(torch.float32)))
-        low.copy_(bits.sub(rounded))
-    else:
+    if value.dtype == torch.float16:
         value.copy_(exact)
         rest = exact.sub(value).div_(_float16_unit(value)).round_()
         # Beyond float16's range the value is infinite, and so is its average.
         low.copy_(rest.nan_to_num_(0.0, 0.0, 0.0))
+        return
+    # A product is no signalling NaN, whose only bits might be among the low ones.
+    bits = exact.mul(1.0).view(torch.int32)
+    # Ties go up in magnitude rather than to even: the rest then always fits into int16.
+    rounded = bits.add(0x8000)
+    # Only a NaN of almost all ones, such as CUDA makes, is carried over, to another sign.
+    carried = rounded.bitwise_xor(bits).bitwise_right_shift_(31).bitwise_and_(0x8000)
+    rounded.sub_(carried)
+    value.view(torch.int16).copy_(rounded.bitwise_right_shift(16))
+    low.copy_(rounded.bitwise_xor_(0x8000))
+
+
+def lerp_halves_(value: Tensor, low: Tensor, source: Tensor, weight: float) -> None:
+    """`lerp_` for an average that is held as two halves, in pieces of one bucket.
+
+    Args:
+        value: float16 or bfloat16.
+        low: int16, what ``value`` cannot hold.
+        source: of the same shape, of any dtype and on any device.
+        weight: the share of the source.
+    """
+    pieces = [(value, low, source)]
+    if all(tensor.is_contiguous() for tensor in pieces[0]):
+        size = _bucket_on(value.device)
+        flat = [torch.split(tensor.view(-1), size) for tensor in pieces[0]]
+        pieces = list(zip(*flat, strict=True))
+    for half, rest, new in pieces:
+        exact = widen(half, rest)
+        exact.lerp_(new.to(exact.device, torch.float32), weight)
+        narrow_(exact, half, rest)
 
 
 def _float16_unit(value: Tensor) -> Tensor:
