@@ -14,7 +14,7 @@ Found = TypeVar("Found")
 def fingerprint(model: nn.Module) -> list[object]:
     """What changes when a module gets another tensor or child, a name, or other memory.
 
-    Identities and addresses, and no references, so that nothing is kept alive by it.
+    Names and addresses, and no references, so that nothing is kept alive by it.
     """
     found: list[object] = []
     modules = [model]
@@ -25,7 +25,6 @@ def fingerprint(model: nn.Module) -> list[object]:
         for tensors in (attributes["_parameters"], attributes["_buffers"]):
             if tensors:
                 found.extend(tensors)
-                found.extend(map(id, tensors.values()))
                 found.extend(map(_address, tensors.values()))
         children = attributes["_modules"]
         if children:
@@ -35,12 +34,15 @@ def fingerprint(model: nn.Module) -> list[object]:
     return found
 
 
-def _address(tensor: Tensor | None) -> object:
-    try:
-        return tensor.data_ptr() if tensor is not None else None
-    except RuntimeError:
-        # Sparse tensors and the like have no address of their own.
-        return None
+def _address(tensor: Tensor | None) -> int:
+    # What was paired is held, so that nothing else can come to stand at its address.
+    if type(tensor) in (nn.Parameter, Tensor):
+        try:
+            return tensor.data_ptr()  # type: ignore[union-attr]
+        except RuntimeError:
+            # Sparse tensors have none.
+            pass
+    return id(tensor)
 
 
 class Binding(Generic[Found]):
