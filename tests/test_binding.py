@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyak
 from polyak import names
-from polyak._binding import Binding, fingerprint
+from polyak._binding import Binding, Watch
+from polyak.plans import SMALL
 
 
 def build() -> nn.Sequential:
@@ -197,7 +198,7 @@ def test_nothing_is_found_again_while_nothing_changes(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("kind", range(3))
 def test_a_model_and_its_memory_are_not_kept_alive(kind: int) -> None:
-    model = build()
+    model = nn.Sequential(build(), nn.Linear(100, 50), nn.Linear(50, 1))
     average = averages(model)[kind]
     update(average, model)
     update(average, model)
@@ -205,13 +206,70 @@ def test_a_model_and_its_memory_are_not_kept_alive(kind: int) -> None:
         weakref.ref(model),
         *(weakref.ref(p) for p in model.parameters()),
     ]
-    storage = model.get_parameter("0.weight").untyped_storage()._weak_ref()
-    model.get_parameter("0.weight").data = torch.ones(4, 3)
+    # Small tensors may be held through views, until the next update.
+    large = model.get_parameter("1.weight")
+    assert large.numel() > SMALL
+    storage = large.untyped_storage()._weak_ref()
+    large.data = torch.ones(50, 100)
     assert torch.UntypedStorage._expired(storage)
     torch.UntypedStorage._free_weak_ref(storage)  # type: ignore[no-untyped-call]
-    del model
+    layer = weakref.ref(model[2])
+    model[2] = nn.Linear(50, 1)
+    gc.collect()
+    assert layer() is None
+    del model, large
     gc.collect()
     assert not any(reference() for reference in gone)
+
+
+def test_a_layer_that_takes_the_place_of_a_dead_one_is_noticed() -> None:
+    model = build()
+    for average in averages(model):
+        update(average, model)
+        for _ in range(20):
+            # Without a reference to the old one the new one may come to stand at its address.
+            del model[2]
+            model.append(nn.Linear(4, 2))
+            train(model, 1)
+            wanted = values(average)[0]["2.weight"].double() + model.get_parameter("2.weight")
+            update(average, model)
+            torch.testing.assert_close(values(average)[0]["2.weight"].double(), wanted / 2)
+
+
+def test_a_table_that_is_filled_or_emptied_is_noticed() -> None:
+    model = build()
+    watch = Watch(model)
+    assert watch.unchanged()
+    changes: list[tuple[Callable[[], object], Callable[[], object]]] = [
+        (lambda: model[0].register_parameter("a", None), lambda: delattr(model[0], "a")),
+        (lambda: model[0].register_buffer("b", torch.ones(1)), lambda: delattr(model[0], "b")),
+        (lambda: model[0].add_module("c", None), lambda: delattr(model[0], "c")),
+        (lambda: model.add_module("d", nn.ReLU()), lambda: delattr(model, "d")),
+    ]
+    for fill, clear in changes:
+        fill()
+        assert not watch.unchanged()
+        clear()
+        assert watch.unchanged()
+    model[1] = None  # type: ignore[assignment]
+    watch = Watch(model)
+    assert watch.unchanged()
+    model[1] = nn.ReLU()
+    assert not watch.unchanged()
+
+
+def test_scripted_and_sparse_modules_are_watched_too() -> None:
+    scripted: Any = torch.jit.script(build())
+    watch = Watch(scripted)
+    assert watch.unchanged() and watch.unchanged()
+    scripted.get_parameter("0.weight").data = torch.zeros(4, 3)
+    assert not watch.unchanged()
+    sparse = nn.Module()
+    sparse.register_buffer("b", torch.eye(3).to_sparse())
+    watch = Watch(sparse)
+    assert watch.unchanged()
+    sparse.b = torch.eye(3).to_sparse()
+    assert not watch.unchanged()
 
 
 def test_a_copy_finds_for_itself() -> None:
@@ -270,12 +328,6 @@ def test_an_update_reads_nothing_on_the_host(dtype: torch.dtype) -> None:
     with Counting() as mode:
         model.get_parameter("0.bias").sum().item()
     assert mode.reads
-
-
-def test_fingerprints_hold_no_references() -> None:
-    model = build()
-    for item in fingerprint(model):
-        assert isinstance(item, (int, str))
 
 
 def test_a_binding_asks_again_after_clear() -> None:

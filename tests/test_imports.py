@@ -28,6 +28,7 @@ FLOORS = (
     "formulas",
     "schedules",
     "kernels",
+    "plans",
     "names",
     "_applied",
     "_binding",

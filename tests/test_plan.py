@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from polyak import kernels
-from polyak.kernels import BUCKET, SMALL, Plan, lay_out
+from polyak.kernels import BUCKET, bucket_on
+from polyak.plans import PACK, SMALL, Plan, lay_out
 
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "small vectors": [(3,), (SMALL,), (1,), (7,)] * 3,
     "many vectors": [(SMALL,)] * 20,
     "matrices": [(4, 5), (64, 64), (2, 3, 4, 5)],
+    "many matrices": [(64, 32)] * 40,
     "scalars and empty ones": [(), (0,), (1,), (2, 0)],
     "one bucket": [(BUCKET,), (256, 256)],
     "more than a bucket": [(BUCKET + 1,), (3, BUCKET)],
@@ -83,18 +85,18 @@ def test_a_plan_is_a_lerp_of_each_tensor(
                 assert torch.equal(target, right)
 
 
-def test_lay_out_keeps_values_and_puts_small_vectors_side_by_side() -> None:
+def test_lay_out_keeps_values_and_puts_small_tensors_side_by_side() -> None:
     tensors = [drawn((n,), torch.float32, n) for n in (3, SMALL, SMALL + 1, 5)]
     tensors += [drawn((2, 2), torch.float32, 1), drawn((4,), torch.float64, 2)]
     before = [tensor.clone() for tensor in tensors]
     lay_out(tensors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
     storages = [tensor.untyped_storage().data_ptr() for tensor in tensors]
-    assert storages[0] == storages[1] == storages[3]
-    assert len(set(storages)) == 4
+    assert storages[0] == storages[1] == storages[3] == storages[4]
+    assert len(set(storages)) == 3
 
 
-def test_vectors_that_are_no_longer_side_by_side_are_averaged_all_the_same() -> None:
+def test_tensors_that_are_no_longer_side_by_side_are_averaged_all_the_same() -> None:
     average, sources = [torch.zeros(4) for _ in range(5)], [torch.ones(4) for _ in range(5)]
     lay_out(average)
     average[2].data = torch.zeros(4)
@@ -109,7 +111,9 @@ def test_scratch_is_never_larger_than_a_bucket() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         plan = Plan(averages, [torch.ones(s, dtype=dtype) for s in shapes])
         plan.lerp_([0.5])
-        assert sum(scratch.numel() for scratch in plan._scratch.values()) <= BUCKET
+        held = plan._scratch.held
+        assert held and all(s.numel() <= bucket_on(torch.device("cpu")) for s in held.values())
+        assert sum(s.numel() for (_, d), s in held.items() if d != torch.float32) <= PACK
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

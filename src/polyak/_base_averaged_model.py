@@ -13,8 +13,9 @@ from polyak import _applied, _checks, kernels, names
 from polyak._binding import Binding
 from polyak._checks import ArgumentError, OnNonfinite, whole
 from polyak._low_bits import PREFIX as LOW_BITS
-from polyak._low_bits import LowBits
+from polyak._low_bits import Halves, LowBits
 from polyak._module_copy import copy_module
+from polyak.plans import Plan
 
 __all__ = [
     "BaseAveragedModel",
@@ -30,11 +31,11 @@ class _Bound(NamedTuple):
 
     averaged: list[names.Pair]
     copied: list[names.Pair]
-    halves: list[names.Pair]
+    halves: Halves
     """Those averaged in half precision."""
     others: list[names.Pair]
     """Those averaged in their own dtype."""
-    plan: kernels.Plan
+    plan: Plan
     """Of the others."""
     update_buffers: bool
 
@@ -194,7 +195,7 @@ class BaseAveragedModel(nn.Module):
         averaging = not copying and count % self.interval == 0
         # What is only copied poisons nothing: the next update copies it again.
         used = bound.averaged if copying or averaging else []
-        if not kernels.accept({p.name: p.source.detach() for p in used}, self.on_nonfinite):
+        if not names.accept(used, self.on_nonfinite):
             self.skipped += 1
             return
         if copying:
@@ -247,7 +248,7 @@ class BaseAveragedModel(nn.Module):
 
         for p in bound.others:
             update(p.target.data, p.source.data.to(p.target.device, p.target.dtype))
-        self._low_bits.update(bound.halves, update)
+        self._low_bits.update(bound.halves.pairs, update)
 
     def _copy(self, pairs: list[names.Pair]) -> None:
         kernels.copy_([p.target for p in pairs], [p.source.detach() for p in pairs])
@@ -273,8 +274,8 @@ class BaseAveragedModel(nn.Module):
             copied = [p for p in pairs if not self._is_averaged(p.kind, p.target)]
             halves = [p for p in averaged if p.target.dtype in kernels.HALF]
             others = [p for p in averaged if p.target.dtype not in kernels.HALF]
-            plan = kernels.Plan([[p.target for p in others]], [p.source for p in others])
-            return _Bound(averaged, copied, halves, others, plan, self.update_buffers)
+            plan = Plan([[p.target for p in others]], [p.source for p in others])
+            return _Bound(averaged, copied, Halves(halves), others, plan, self.update_buffers)
 
         _checks.module("model", model)
         bound = self._binding.get(model, self.module, find)
@@ -474,7 +475,7 @@ class ScheduledAverage(BaseAveragedModel):
             self._copy(bound.averaged)
             return
         bound.plan.lerp_([share])
-        self._low_bits.lerp_(bound.halves, share)
+        bound.halves.lerp_(self._low_bits, share)
 
     def _averages_by_share(self) -> bool:
         return getattr(self.avg_func, "__func__", None) is ScheduledAverage.avg_func

@@ -2,47 +2,111 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from itertools import chain
+from operator import is_
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
 Found = TypeVar("Found")
 
 
-def fingerprint(model: nn.Module) -> list[object]:
-    """What changes when a module gets another tensor or child, a name, or other memory.
+class Watch:
+    """A module's names, tensors and children, to see whether any has become another.
 
-    Names and addresses, and no references, so that nothing is kept alive by it.
+    Noticed are tensors that were replaced, added, removed or renamed, tensors with other memory,
+    and children likewise; not a table of tensors that is exchanged as a whole, which only happens
+    where a state is unpickled into a module that lives. A look costs about 0.2 µs per module, since
+    Python's own loops over dicts and lists do it.
+
+    Kept are a module's tables and their tensors, but no module: none is kept alive that its model
+    has given up.
     """
-    found: list[object] = []
-    modules = [model]
-    while modules:
-        module = modules.pop()
-        # From the instance's own dict: attribute access is slow on modules and slower on wrappers.
-        attributes = module.__dict__
-        for tensors in (attributes["_parameters"], attributes["_buffers"]):
-            if tensors:
-                found.extend(tensors)
-                found.extend(map(_address, tensors.values()))
-        children = attributes["_modules"]
-        if children:
-            found.extend(children)
-            modules.extend(child for child in children.values() if child is not None)
-        found.append(id(module))
-    return found
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parents: list[_Parent] = []
+        self._empty: list[Any] = []
+        self._full: list[dict[str, Tensor | None]] = []
+        # Of scripted modules, whose tables are no dicts.
+        self._foreign: list[Any] = []
+        modules, known = [model], {id(model)}
+        while modules:
+            module = modules.pop()
+            # From the instance's own dict: attribute access is slow on modules and on wrappers.
+            attributes = vars(module)
+            children = attributes["_modules"]
+            if children or not isinstance(children, dict):
+                self._parents.append(_Parent(module))
+                inner = [c for c in children.values() if c is not None and id(c) not in known]
+                known.update(map(id, inner))
+                modules.extend(inner)
+            else:
+                self._empty.append(children)
+            for table in (attributes["_parameters"], attributes["_buffers"]):
+                if not isinstance(table, dict):
+                    self._foreign.append(table)
+                else:
+                    (self._full if table else self._empty).append(table)
+        self._foreign_seen = [_seen(table) for table in self._foreign]
+        self._names = list(chain.from_iterable(self._full))
+        # The values of all dicts in a row, five times as fast as a loop over them.
+        self._tensors = gc.get_referents(*self._full)
+        self._dense: list[Tensor] = [t for t in self._tensors if _has_address(t)]
+        self._addresses = list(map(Tensor.data_ptr, self._dense))
+
+    def unchanged(self) -> bool:
+        """Whether everything is as it was."""
+        if any(self._empty):
+            return False
+        tensors = gc.get_referents(*self._full)
+        return (
+            len(tensors) == len(self._tensors)
+            and all(map(is_, tensors, self._tensors))
+            and list(map(Tensor.data_ptr, self._dense)) == self._addresses
+            and list(chain.from_iterable(self._full)) == self._names
+            and all(parent.unchanged() for parent in self._parents)
+            and [_seen(table) for table in self._foreign] == self._foreign_seen
+        )
 
 
-def _address(tensor: Tensor | None) -> int:
-    # What was paired is held, so that nothing else can come to stand at its address.
-    if type(tensor) in (nn.Parameter, Tensor):
-        try:
-            return tensor.data_ptr()  # type: ignore[union-attr]
-        except RuntimeError:
-            # Sparse tensors have none.
-            pass
-    return id(tensor)
+class _Parent:
+    """The children of a module, without keeping any of them alive."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        children = vars(module)["_modules"]
+        self._names = list(children)
+        self._children = [_refer(child) for child in children.values()]
+
+    def unchanged(self) -> bool:
+        module = self._module()
+        if module is None:
+            return False
+        children = vars(module)["_modules"]
+        before = [refer() for refer in self._children]
+        return list(children) == self._names and all(map(is_, before, children.values()))
+
+
+def _refer(child: nn.Module | None) -> Callable[[], nn.Module | None]:
+    return (lambda: None) if child is None else weakref.ref(child)
+
+
+def _seen(table: Any) -> list[object]:
+    return [(name, tensor.data_ptr()) for name, tensor in table.items()]
+
+
+def _has_address(tensor: object) -> bool:
+    if type(tensor) not in (nn.Parameter, Tensor):
+        return False
+    try:
+        tensor.data_ptr()  # type: ignore[attr-defined]
+    except RuntimeError:
+        # Sparse tensors have none.
+        return False
+    return True
 
 
 class Binding(Generic[Found]):
@@ -61,7 +125,7 @@ class Binding(Generic[Found]):
     def __init__(self) -> None:
         self._found: Found | None = None
         self._model: weakref.ref[nn.Module] | None = None
-        self._seen: tuple[list[object], list[object]] = ([], [])
+        self._watched: list[Watch] = []
 
     def get(self, model: nn.Module, own: nn.Module | None, find: Callable[[], Found]) -> Found:
         """Return what ``find`` returned last, or returns now if something has changed.
@@ -72,11 +136,11 @@ class Binding(Generic[Found]):
             find: pairs the two.
         """
         same = self._model is not None and self._model() is model
-        if same and self._found is not None and self._seen == self._look(model, own):
+        if same and self._found is not None and all(w.unchanged() for w in self._watched):
             return self._found
         self.clear()
         found = find()
-        self._seen = self._look(model, own)
+        self._watched = [Watch(module) for module in (model, own) if module is not None]
         self._found = found
         # A model that is gone must not be kept alive by the tensors that were found.
         mine = weakref.ref(self)
@@ -86,11 +150,7 @@ class Binding(Generic[Found]):
     def clear(self) -> None:
         """Forget what was found."""
         self._found = self._model = None
-        self._seen = ([], [])
-
-    @staticmethod
-    def _look(model: nn.Module, own: nn.Module | None) -> tuple[list[object], list[object]]:
-        return fingerprint(model), [] if own is None else fingerprint(own)
+        self._watched = []
 
     def __reduce__(self) -> tuple[type[Binding[Found]], tuple[()]]:
         # A copy finds for itself.

@@ -3,70 +3,111 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from polyak import kernels
 from polyak.names import Entry, Pair
+from polyak.plans import HalvesPlan, lay_out
 
 PREFIX = "low_bits."
 """Of the keys under which low bits stand in a state dict, before the tensor's name."""
 
 
-class _Stamp(NamedTuple):
-    """A tensor as it was; another one says that someone else has written."""
+@dataclass
+class _Kept:
+    """The low bits of one tensor, and the tensor as it was when they belonged to it."""
 
+    low: Tensor
     dtype: torch.dtype
-    version: int | None
-    pointer: int
+    settled: bool = False
+    """Whether the next two are known; if not, the tensor is about to be written."""
+    version: int | None = None
+    pointer: int = 0
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Stamp:
-        version = None if tensor.is_inference() else tensor._version
-        return cls(tensor.dtype, version, tensor.data_ptr())
+    def settle(self, tensor: Tensor) -> None:
+        """Take the tensor as it is now for that which the low bits belong to."""
+        self.dtype, self.settled = tensor.dtype, True
+        self.version, self.pointer = _version(tensor), tensor.data_ptr()
+
+    def belongs_to(self, tensor: Tensor) -> bool:
+        """Whether no one else has written the tensor since."""
+        if self.low.shape != tensor.shape or self.dtype != tensor.dtype:
+            return False
+        seen = (_version(tensor), tensor.data_ptr())
+        return not self.settled or seen == (self.version, self.pointer)
+
+
+class Halves:
+    """Pairs whose targets are halves, and how they are updated, chosen at the first update."""
+
+    def __init__(self, pairs: list[Pair]) -> None:
+        self.pairs = pairs
+        self._names = [p.name for p in pairs]
+        self._targets = [p.target.detach() for p in pairs]
+        self._kept: list[_Kept] = []
+        self._plan: HalvesPlan | None = None
+
+    def lerp_(self, low_bits: LowBits, share: float) -> None:
+        """Average them, with the low bits that are kept there."""
+        # Where low bits were dropped or loaded since, others stand there now.
+        known = map(low_bits.kept.get, self._names)
+        if self._plan is None or not all(map(is_, known, self._kept)):
+            lows = [low_bits.of(p) for p in self.pairs]
+            lay_out(lows)
+            keep = zip(self._names, lows, self._targets, strict=True)
+            self._kept = [low_bits.keep(*one) for one in keep]
+            self._plan = HalvesPlan(self._targets, lows, [p.source for p in self.pairs])
+        for kept, target in zip(self._kept, self._targets, strict=True):
+            if kept.version != _version(target):
+                # Someone else has written it since.
+                kept.low.zero_()
+        self._plan.lerp_(share)
+        for kept, target in zip(self._kept, self._targets, strict=True):
+            kept.version = _version(target)
 
 
 class LowBits:
     """The low bits of a module's averages in half precision, by name.
 
-    Someone else may overwrite an average. Its stamp tells, and its low bits, which belonged to
+    Someone else may overwrite an average. Its version tells, and its low bits, which belonged to
     another value, are then taken as zero. (Writing through ``.data`` leaves no trace. The low bits
     are then less than half a spacing off, and right again after a swap and a swap back.)
     """
 
     def __init__(self) -> None:
-        # name → low bits, and the tensor that they belong to (None: not known yet)
-        self._kept: dict[str, tuple[Tensor, torch.dtype, _Stamp | None]] = {}
+        self.kept: dict[str, _Kept] = {}
 
     def get(self, name: str, tensor: Tensor) -> Tensor | None:
         """Return the low bits of ``tensor``, or None if they are zero."""
-        low, dtype, stamp = self._kept.get(name, (None, None, None))
-        if low is None or low.shape != tensor.shape or tensor.dtype != dtype:
-            return None
-        if stamp is not None and stamp != _Stamp.of(tensor):
-            return None
-        return low.to(tensor.device)
+        kept = self.kept.get(name)
+        return kept.low.to(tensor.device) if kept and kept.belongs_to(tensor) else None
 
     def copied(self, entries: Mapping[str, Entry]) -> LowBits:
         """Return what a copy of the module takes along; `settle` has to follow."""
         other = LowBits()
         for name, low in self.valid(entries).items():
-            other._kept[name] = (low, entries[name].tensor.dtype, None)
+            other.kept[name] = _Kept(low, entries[name].tensor.dtype)
         return other
 
     def settle(self, entries: Mapping[str, Entry]) -> None:
         """Take the tensors as they are now for those that the low bits belong to."""
         for name, low in self.valid(entries).items():
-            self._keep(name, low, entries[name].tensor)
+            self.keep(name, low, entries[name].tensor)
 
-    def _keep(self, name: str, low: Tensor, tensor: Tensor) -> None:
-        self._kept[name] = (low, tensor.dtype, _Stamp.of(tensor))
+    def keep(self, name: str, low: Tensor, tensor: Tensor) -> _Kept:
+        """Keep low bits that belong to a tensor as it is now."""
+        kept = self.kept[name] = _Kept(low, tensor.dtype)
+        kept.settle(tensor)
+        return kept
 
     def valid(self, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         """Return the low bits that are not zero, by name."""
-        if not self._kept:
+        if not self.kept:
             return {}
         found = {name: self.get(name, entry.tensor) for name, entry in entries.items()}
         return {name: low for name, low in found.items() if low is not None}
@@ -74,31 +115,25 @@ class LowBits:
     def drop(self, names: Iterable[str]) -> None:
         """Take the low bits of these names as zero."""
         for name in names:
-            self._kept.pop(name, None)
+            self.kept.pop(name, None)
 
     def write(self, name: str, tensor: Tensor, exact: Tensor) -> None:
         """Write ``exact`` into a tensor of half precision and keep the rest."""
         low = torch.empty_like(tensor, dtype=torch.int16, requires_grad=False)
         kernels.narrow_(exact.detach().to(tensor.device, torch.float32), tensor.detach(), low)
-        self._keep(name, low, tensor)
+        self.keep(name, low, tensor)
 
     def update(self, pairs: list[Pair], update: Callable[[Tensor, Tensor], object]) -> None:
         """Apply ``update(average, source)`` in float32 to the pairs, whose targets are halves."""
         for p in pairs:
-            value, low = p.target.detach(), self._low_of(p)
+            value, low = p.target.detach(), self.of(p)
             exact = kernels.widen(value, low)
             update(exact, p.source.detach().to(exact.device, torch.float32))
             kernels.narrow_(exact, value, low)
-            self._keep(p.name, low, p.target)
+            self.keep(p.name, low, p.target)
 
-    def lerp_(self, pairs: list[Pair], share: float) -> None:
-        """Average the pairs, whose targets are halves."""
-        for p in pairs:
-            low = self._low_of(p)
-            kernels.lerp_halves_(p.target.detach(), low, p.source.detach(), share)
-            self._keep(p.name, low, p.target)
-
-    def _low_of(self, pair: Pair) -> Tensor:
+    def of(self, pair: Pair) -> Tensor:
+        """Return the low bits of a pair's target, also where they are zero."""
         low = self.get(pair.name, pair.target)
         if low is None:
             low = torch.zeros_like(pair.target, dtype=torch.int16, requires_grad=False)
@@ -117,12 +152,12 @@ class LowBits:
             return
         if old.dtype == new.dtype:
             if low is not None:
-                self._kept[name] = (low.to(new.device), new.dtype, None)
+                self.kept[name] = _Kept(low.to(new.device), new.dtype)
         elif low is not None or new.dtype in kernels.HALF:
             exact = old if low is None else kernels.widen(old, low)
             if new.dtype in kernels.HALF:
                 self.write(name, new, exact)
-                self._kept[name] = (*self._kept[name][:2], None)
+                self.kept[name].settled = False
             else:
                 new.copy_(exact)
 
@@ -157,7 +192,7 @@ class LowBits:
         if not values:
             if lows:
                 # The module reads its value under another key, by a hook of its own.
-                self._kept[name] = (lows[-1].to(target.device, copy=True), target.dtype, None)
+                self.kept[name] = _Kept(lows[-1].to(target.device, copy=True), target.dtype)
             return
         value = values[0].detach()
         self.drop([name])
@@ -177,4 +212,9 @@ class LowBits:
         if loaded is not value:
             state_dict.update({key: loaded for key in keys if key in state_dict})
         if target.dtype in kernels.HALF and low is not None:
-            self._kept[name] = (low.to(target.device, copy=True), target.dtype, None)
+            self.kept[name] = _Kept(low.to(target.device, copy=True), target.dtype)
+
+
+def _version(tensor: Tensor) -> int | None:
+    # Tensors made under inference_mode count no versions.
+    return None if tensor.is_inference() else tensor._version

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from polyak._checks import ArgumentError
-from polyak.kernels import lay_out
 from polyak.names import collect
+from polyak.plans import copies
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -33,22 +33,30 @@ def copy_module(model: M, device: torch.device | None, dtype: torch.dtype | None
         ArgumentError: lazy parameters that are not initialised, sharded parameters, or something
             that cannot be copied; the message names the module and the way out.
     """
-    memo: dict[int, Any] = {}
     # For its errors: lazy parameters cannot be copied.
     collect(model)
+    originals: dict[int, Tensor] = {}
     for name, module in model.named_modules():
         where = f"{type(module).__name__} at {name!r}" if name else type(module).__name__
         for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in memo:
+            if parameter is not None:
                 _refuse_sharded(where, key, parameter)
                 if type(parameter) is nn.Parameter:
-                    fresh = _fresh(parameter, device, dtype)
-                    memo[id(parameter)] = nn.Parameter(fresh, requires_grad=False)
+                    originals[id(parameter)] = parameter
         for key, buffer in module._buffers.items():
-            if buffer is not None and id(buffer) not in memo:
+            if buffer is not None:
                 _refuse_sharded(where, key, buffer)
                 if type(buffer) is Tensor:
-                    memo[id(buffer)] = _fresh(buffer, device, dtype)
+                    originals[id(buffer)] = buffer
+    tensors = list(originals.values())
+    fresh = copies(tensors, [_dtype(tensor, dtype) for tensor in tensors], device)
+    memo: dict[int, Any] = {
+        id(tensor): nn.Parameter(new, requires_grad=False)
+        if isinstance(tensor, nn.Parameter)
+        else new
+        for tensor, new in zip(tensors, fresh, strict=True)
+    }
+    for module in model.modules():
         _memo_computed(module.__dict__, memo, device, dtype, set())
     try:
         copied = copy.deepcopy(model, memo)
@@ -65,15 +73,11 @@ def copy_module(model: M, device: torch.device | None, dtype: torch.dtype | None
         copied.to(device, dtype)
     for parameter in copied.parameters():
         parameter.grad = None
-    lay_out(entry.tensor for entry in collect(copied).values() if not entry.ties)
     return copied
 
 
-def _fresh(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
-    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    return torch.empty_like(
-        tensor.detach(), device=device or tensor.device, dtype=wanted, requires_grad=False
-    ).copy_(tensor.detach())
+def _dtype(tensor: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def _refuse_sharded(where: str, key: str, tensor: Tensor) -> None:
@@ -95,7 +99,7 @@ def _memo_computed(
     """Enter copies of the non-leaf tensors, which deepcopy refuses, among a module's attributes."""
     if isinstance(value, Tensor):
         if not value.is_leaf and id(value) not in memo:
-            memo[id(value)] = _fresh(value, device, dtype)
+            (memo[id(value)],) = copies([value], [_dtype(value, dtype)], device)
     elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
         seen.add(id(value))
         for item in list(value.values() if isinstance(value, dict) else value):

@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from polyak._checks import ArgumentError, listed
-from polyak.kernels import is_plain
+from polyak._checks import ArgumentError, OnNonfinite, listed
+from polyak.kernels import all_finite, is_plain
 
 Kind = Literal["parameter", "buffer"]
 
@@ -274,6 +274,23 @@ def pair(
             + "\nUse the model that the average was built from, or build a new average."
         )
     return pairs
+
+
+def accept(pairs: Sequence[Pair], policy: OnNonfinite) -> bool:
+    """Whether an update may take the sources in, by what it does about infinities and NaNs.
+
+    Raises:
+        FloatingPointError: with the policy "raise", naming the tensors.
+    """
+    if policy == "propagate" or all_finite(p.source.detach() for p in pairs):
+        return True
+    if policy == "raise":
+        bad = [repr(p.name) for p in pairs if not all_finite([p.source.detach()])]
+        raise FloatingPointError(
+            f"the model's {listed(bad)} is not finite; the average is unchanged. "
+            'on_nonfinite="skip" passes over such updates.'
+        )
+    return False
 
 
 def all_names(entries: Mapping[str, Entry]) -> dict[str, Entry]:

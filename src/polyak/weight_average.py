@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from polyak import _applied, _checks, kernels, names
+from polyak import _applied, _checks, kernels, names, plans
 from polyak._average_state import FORMAT, VERSION, Counters, OneAverage, fitting, named, read
 from polyak._binding import Binding
 from polyak._checks import ArgumentError, OnNonfinite, number, whole
+from polyak.plans import Plan
 from polyak.schedules import Schedule
 
 __all__ = ["Distance", "WeightAverage"]
@@ -45,7 +46,7 @@ class _Bound(NamedTuple):
 
     averaged: list[names.Pair]
     copied: list[names.Pair]
-    plan: kernels.Plan
+    plan: Plan
     """Of those averaged."""
 
 
@@ -144,30 +145,28 @@ class WeightAverage:
             )
         # The selection, without the model's own tensors, which would be kept alive.
         self._entries: dict[str, names.Entry] = {}
-        averaged: dict[str, Tensor] = {}
-        self._copies: dict[str, Tensor] = {}
         for name, entry in entries.items():
-            source = entry.tensor.detach()
             wanted_average = entry.kind == "parameter" or self._buffers == "average"
+            source = entry.tensor
             if wanted_average and source.is_floating_point() and not kernels.is_averaged(source):
                 raise ArgumentError(
                     f"{name!r} is {source.dtype}, which cannot be averaged; leave it out "
                     "by exclude="
                 )
-            if self._is_averaged(entry):
-                wanted = kernels.averaging_dtype(source.dtype)
-                if dtype is not None and source.is_floating_point():
-                    wanted = dtype
-                averaged[name] = _like(source, wanted, kept)
-            else:
-                self._copies[name] = _like(source, source.dtype, kept)
-        kernels.lay_out(averaged.values())
-        first, *others = schedules
-        self._averages = {first: OneAverage(schedules[first], averaged)}
-        for key in others:
-            clones = {name: tensor.clone() for name, tensor in averaged.items()}
-            kernels.lay_out(clones.values())
-            self._averages[key] = OneAverage(schedules[key], clones)
+        taken = {n: e.tensor for n, e in entries.items() if self._is_averaged(e)}
+        wanted = {
+            name: dtype
+            if dtype is not None and source.is_floating_point()
+            else kernels.averaging_dtype(source.dtype)
+            for name, source in taken.items()
+        }
+        copied = {n: e.tensor for n, e in entries.items() if n not in taken}
+        dtypes = {name: source.dtype for name, source in copied.items()}
+        self._copies = _copies(copied, dtypes, kept)
+        self._averages = {
+            key: OneAverage(one, _copies(taken, wanted, kept)) for key, one in schedules.items()
+        }
+        averaged = next(iter(self._averages.values())).tensors
         for name, entry in entries.items():
             tensor = averaged[name] if name in averaged else self._copies[name]
             self._entries[name] = names.Entry(
@@ -225,8 +224,7 @@ class WeightAverage:
         _applied.refuse(source, self._applied)
         if self._counters.calls % self._every == 0:
             bound = self._binding.get(source, None, lambda: self._bind(source))
-            averaged = {p.name: p.source.detach() for p in bound.averaged}
-            if kernels.accept(averaged, self._on_nonfinite):
+            if names.accept(bound.averaged, self._on_nonfinite):
                 self._take(bound, clock)
             else:
                 self._counters.skipped += 1
@@ -238,7 +236,7 @@ class WeightAverage:
         averaged = [p for p in pairs if p.name not in self._copies]
         rows = [[one.tensors[p.name] for p in averaged] for one in self._averages.values()]
         copied = [p for p in pairs if p.name in self._copies]
-        return _Bound(averaged, copied, kernels.Plan(rows, [p.source for p in averaged]))
+        return _Bound(averaged, copied, Plan(rows, [p.source for p in averaged]))
 
     def _take(self, bound: _Bound, clock: float) -> None:
         local = clock - self._start
@@ -594,5 +592,10 @@ class WeightAverage:
         return wanted and kernels.is_averaged(entry.tensor)
 
 
-def _like(source: Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    return torch.empty_like(source, dtype=dtype, device=device or source.device).copy_(source)
+def _copies(
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device | None,
+) -> dict[str, Tensor]:
+    found = plans.copies(list(tensors.values()), [dtypes[name] for name in tensors], device)
+    return dict(zip(tensors, found, strict=True))
