@@ -32,6 +32,8 @@ FLOORS = (
     "names",
     "_applied",
     "_binding",
+    "_attached",
+    "_taking",
     # Floor 1: live averages.
     "_module_copy",
     "_low_bits",

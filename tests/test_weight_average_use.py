@@ -144,20 +144,27 @@ def same_state(first: Any, second: Any) -> None:
         assert first == second or (first != first and second != second)
 
 
-def leave(average: WeightAverage, model: nn.Module, error: type[BaseException]) -> None:
-    with average.applied_to(model):
-        train(model, 77)
+def leave(
+    average: WeightAverage, model: nn.Module, error: type[BaseException], writable: bool
+) -> None:
+    with average.applied_to(model, writable=writable):
+        if writable:
+            train(model, 77)
         raise error
 
 
+@pytest.mark.parametrize("writable", [False, True])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit, SystemExit])
-def test_the_weights_come_back_when_the_block_is_left_early(error: type[BaseException]) -> None:
+def test_the_weights_come_back_when_the_block_is_left_early(
+    error: type[BaseException], writable: bool
+) -> None:
     model = Plain()
     average = averaged(model)
-    before = bits(model)
+    before, state = bits(model), copy.deepcopy(average.state_dict())
     with pytest.raises(error):
-        leave(average, model, error)
+        leave(average, model, error, writable)
     same_bits(model, before)
+    same_state(average.state_dict(), state)
     with average.applied_to(model):
         assert torch.equal(model.first.weight, average.tensors()["first.weight"])
     average.update(model)

@@ -42,6 +42,20 @@ class OneAverage:
     """Σ p², p the weights of the samples so far."""
 
 
+class Distance(NamedTuple):
+    """How far an average is from the live weights, over all averaged parameters.
+
+    Example:
+        >>> Distance(absolute=0.5, relative=0.1).relative
+        0.1
+    """
+
+    absolute: float
+    """‖average − weights‖₂."""
+    relative: float
+    """The same divided by ‖weights‖₂; infinite where the weights are all zero."""
+
+
 def named(
     schedule: Schedule | Sequence[Schedule] | Mapping[str, Schedule],
 ) -> dict[str, Schedule]:
@@ -193,3 +207,14 @@ def fitting(
             f"the saved state of the {where} does not fit:\n  " + listed(problems, "\n  ")
         )
     return [(mine[name], saved[name]) for name in mine]
+
+
+def changed(
+    saved: Saved, averages: Mapping[str, OneAverage], start: float, every: int
+) -> list[str]:
+    """Return a line for each setting of a saved state that is another here."""
+    pairs: list[tuple[str, object, object]] = [
+        (f"schedule {key!r}", saved.schedules[key], one.schedule) for key, one in averages.items()
+    ]
+    pairs += [("start", saved.start, start), ("every", saved.every, every)]
+    return [f"{what}: {there} saved, {here} given" for what, there, here in pairs if there != here]

@@ -78,7 +78,7 @@ class _Parent:
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
         children = vars(module)["_modules"]
-        self._names = list(children)
+        self._names = list(children.keys())
         self._children = [_refer(child) for child in children.values()]
 
     def unchanged(self) -> bool:
@@ -87,7 +87,7 @@ class _Parent:
             return False
         children = vars(module)["_modules"]
         before = [refer() for refer in self._children]
-        return list(children) == self._names and all(map(is_, before, children.values()))
+        return list(children.keys()) == self._names and all(map(is_, before, children.values()))
 
 
 def _refer(child: nn.Module | None) -> Callable[[], nn.Module | None]:
@@ -117,13 +117,15 @@ class Binding(Generic[Found]):
         >>> model = nn.Linear(2, 2)
         >>> binding.get(model, None, lambda: 1), binding.get(model, None, lambda: 2)
         (1, 1)
+        >>> binding.found
+        1
         >>> model.bias = None
         >>> binding.get(model, None, lambda: 3)
         3
     """
 
     def __init__(self) -> None:
-        self._found: Found | None = None
+        self.found: Found | None = None
         self._model: weakref.ref[nn.Module] | None = None
         self._watched: list[Watch] = []
 
@@ -136,12 +138,12 @@ class Binding(Generic[Found]):
             find: pairs the two.
         """
         same = self._model is not None and self._model() is model
-        if same and self._found is not None and all(w.unchanged() for w in self._watched):
-            return self._found
+        if same and self.found is not None and all(w.unchanged() for w in self._watched):
+            return self.found
         self.clear()
         found = find()
         self._watched = [Watch(module) for module in (model, own) if module is not None]
-        self._found = found
+        self.found = found
         # A model that is gone must not be kept alive by the tensors that were found.
         mine = weakref.ref(self)
         self._model = weakref.ref(model, lambda _: _clear(mine))
@@ -149,7 +151,7 @@ class Binding(Generic[Found]):
 
     def clear(self) -> None:
         """Forget what was found."""
-        self._found = self._model = None
+        self.found = self._model = None
         self._watched = []
 
     def __reduce__(self) -> tuple[type[Binding[Found]], tuple[()]]:

@@ -101,6 +101,18 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         torch._foreach_copy_(*plain)
 
 
+def exchange_(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    """Exchange the values of each pair of one dtype, through memory of one bucket.
+
+    Tensors that are not contiguous go through memory of their own size.
+    """
+    for pair in zip(first, second, strict=True):
+        for one, other in in_pieces(*(tensor.detach() for tensor in pair)):
+            held = one.clone()
+            one.copy_(other)
+            other.copy_(held)
+
+
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no floating-point or complex tensor holds an infinity or a NaN.
 

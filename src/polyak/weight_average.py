@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple, get_args
@@ -15,10 +16,22 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from polyak import _applied, _checks, kernels, names, plans
-from polyak._average_state import FORMAT, VERSION, Counters, OneAverage, fitting, named, read
+from polyak._applied import Swap
+from polyak._attached import Attached, hooked
+from polyak._average_state import (
+    FORMAT,
+    VERSION,
+    Counters,
+    Distance,
+    OneAverage,
+    changed,
+    fitting,
+    named,
+    read,
+)
 from polyak._binding import Binding
 from polyak._checks import ArgumentError, OnNonfinite, number, whole
-from polyak.plans import Plan
+from polyak._taking import Taking, taking
 from polyak.schedules import Schedule
 
 __all__ = ["Distance", "WeightAverage"]
@@ -27,27 +40,11 @@ Buffers = Literal["copy", "average", "ignore"]
 OnChange = Literal["raise", "saved", "given"]
 
 
-class Distance(NamedTuple):
-    """How far an average is from the live weights, over all averaged parameters.
-
-    Example:
-        >>> Distance(absolute=0.5, relative=0.1).relative
-        0.1
-    """
-
-    absolute: float
-    """‖average − weights‖₂."""
-    relative: float
-    """The same divided by ‖weights‖₂; infinite where the weights are all zero."""
-
-
 class _Bound(NamedTuple):
     """The pairs of an average and a model, by what an update does with them."""
 
     averaged: list[names.Pair]
-    copied: list[names.Pair]
-    plan: Plan
-    """Of those averaged."""
+    taking: Taking
 
 
 class WeightAverage:
@@ -175,7 +172,8 @@ class WeightAverage:
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self._counters = Counters()
         self._binding = Binding[_Bound]()
-        self._applied = False
+        self._pending: Future[None] | None = None
+        self._swap: tuple[OneAverage, Swap] | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -217,15 +215,23 @@ class WeightAverage:
             FloatingPointError: with ``on_nonfinite="raise"``, weights that are not finite.
             RuntimeError: the average is applied to a model at the moment.
         """
+        self._update(model, advance, overlap=False)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _update(self, model: nn.Module | None, advance: float, overlap: bool) -> None:
         step = number("advance", advance, above=0)
         # Whole steps are counted as integers, which do not round.
         clock = self._counters.clock + (int(step) if step.is_integer() else step)
         source = self._source(model)
-        _applied.refuse(source, self._applied)
+        _applied.refuse(source, self._swap is not None)
         if self._counters.calls % self._every == 0:
+            self._finish()
             bound = self._binding.get(source, None, lambda: self._bind(source))
             if names.accept(bound.averaged, self._on_nonfinite):
                 self._take(bound, clock)
+                if not overlap:
+                    bound.taking.hold()
             else:
                 self._counters.skipped += 1
         self._counters.clock = clock
@@ -234,9 +240,24 @@ class WeightAverage:
     def _bind(self, model: nn.Module) -> _Bound:
         pairs = self._pair(model)
         averaged = [p for p in pairs if p.name not in self._copies]
-        rows = [[one.tensors[p.name] for p in averaged] for one in self._averages.values()]
         copied = [p for p in pairs if p.name in self._copies]
-        return _Bound(averaged, copied, Plan(rows, [p.source for p in averaged]))
+        how = taking(
+            [[one.tensors[p.name] for p in averaged] for one in self._averages.values()],
+            [p.source for p in averaged],
+            [self._copies[p.name] for p in copied],
+            [p.source for p in copied],
+        )
+        return _Bound(averaged, how)
+
+    def _hold(self) -> None:
+        if self._binding.found is not None:
+            self._binding.found.taking.hold()
+
+    def _finish(self) -> None:
+        """Wait for an update that goes on in the background, and raise what it raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def _take(self, bound: _Bound, clock: float) -> None:
         local = clock - self._start
@@ -247,15 +268,7 @@ class WeightAverage:
             key: average.schedule.share(previous, local) if local > 0 else 1.0
             for key, average in self._averages.items()
         }
-        sources = [p.source.detach() for p in bound.copied]
-        kernels.copy_([self._copies[p.name] for p in bound.copied], sources)
-        if any(share < 1 for share in shares.values()):
-            bound.plan.lerp_(list(shares.values()))
-        for key, share in shares.items():
-            if share == 1:
-                # A copy, also over an average that is not finite, which no lerp would leave.
-                targets = [self._averages[key].tensors[p.name] for p in bound.averaged]
-                kernels.copy_(targets, [p.source.detach() for p in bound.averaged])
+        self._pending = bound.taking.take(list(shares.values()))
         self._counters.filled = True
         if local > 0:
             self._counters.samples += 1
@@ -271,6 +284,7 @@ class WeightAverage:
         model: nn.Module | None = None,
         *,
         advance: float | Callable[[], float] = 1,
+        overlap: bool = False,
     ) -> RemovableHandle:
         """Update after every step of an optimizer, by itself.
 
@@ -282,6 +296,9 @@ class WeightAverage:
             optimizer: the optimizer that trains the model.
             model: the model; None for the one that the average was built from.
             advance: what each update advances the clock by, or a function that returns it.
+            overlap: for an average on the CPU of a model on an accelerator: whether the weights
+                are still being copied while the next step computes its gradients; the optimizer
+                then waits for that. For loops in which nothing else writes to the weights.
 
         Returns:
             torch's handle; its ``remove()`` ends the updates.
@@ -300,87 +317,63 @@ class WeightAverage:
             >>> average.samples
             1
         """
-        # Wrappers, such as Accelerate's, are optimizers without hooks around one that has them.
-        while not hasattr(optimizer, "_optimizer_step_post_hooks"):
-            inner = getattr(optimizer, "optimizer", None)
-            if not isinstance(inner, Optimizer):
-                raise TypeError(
-                    f"attach() needs a torch.optim.Optimizer, but got {type(optimizer).__name__}. "
-                    "Call update() after its step instead."
-                )
-            optimizer = inner
         if not callable(advance):
             number("advance", advance, above=0)
+        _checks.flag("overlap", overlap)
+        hooked(optimizer)
         source = self._source(model)
 
-        def after_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:
-            # A fused optimizer is called for skipped steps too, with the scaler's verdict on it.
-            found_inf = getattr(stepped, "found_inf", None)
-            if found_inf is not None and bool(found_inf):
-                return
-            self.update(source, advance=advance() if callable(advance) else advance)
+        def after() -> None:
+            step = advance() if callable(advance) else advance
+            self._update(source, step, overlap)
 
-        return optimizer.register_step_post_hook(after_step)
+        return Attached(optimizer, self._hold, after)
 
     @contextmanager
     def applied_to(
-        self, model: nn.Module | None = None, which: str | int | None = None
+        self,
+        model: nn.Module | None = None,
+        which: str | int | None = None,
+        *,
+        writable: bool = False,
     ) -> Iterator[nn.Module]:
         """Put the averaged weights into a model for the length of a with-block.
 
         The model's own weights come back bit for bit, also when the block raises. While they are
-        away, no average takes the model's weights in.
+        away, no average takes the model's weights in. Parameters change places with averages of
+        their dtype, so that no second copy is held; buffers and other dtypes are copied.
 
         Args:
             model: the model; None for the one that the average was built from.
             which: the key or index of the average, where there are several.
+            writable: whether the block may write to the parameters, such as to train them, without
+                changing the average; then, all are copied.
 
         Yields:
             The model.
 
         Raises:
-            RuntimeError: the average has no sample yet, or is applied already.
+            RuntimeError: the average has no sample yet, or is applied already; or, after the
+                model's own weights are back, the block has written to parameters that were
+                exchanged, so that the average now holds what it wrote.
             NameMismatchError: the model's names or shapes are not those of the average.
         """
-        if self._applied:
+        if self._swap is not None:
             raise RuntimeError(
                 "applied_to() inside applied_to(): the average is applied already. "
                 "Leave the outer with-block first."
             )
+        _checks.flag("writable", writable)
         chosen = self._source(model)
         with torch.inference_mode(False), torch.no_grad():
             tensors = self._filled_tensors(which)
-            pairs = self._pair(chosen)
-            own = {p.name: p.source.detach().clone() for p in pairs}
-        self._applied = True
-        try:
-            with _applied.marked(chosen):
-                with torch.inference_mode(False), torch.no_grad():
-                    kernels.copy_([p.source for p in pairs], [tensors[p.name] for p in pairs])
+            pairs = [p._replace(target=tensors[p.name]) for p in self._pair(chosen)]
+        with _applied.applied(chosen, pairs, writable) as swap:
+            self._swap = self._average(which), swap
+            try:
                 yield chosen
-        finally:
-            self._applied = False
-            self._restore(chosen, pairs, own)
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _restore(self, model: nn.Module, pairs: list[names.Pair], own: dict[str, Tensor]) -> None:
-        # Looked up anew: the block may have moved the model, which replaces its buffers. The
-        # tensors from before are restored too, since an optimizer may hold them.
-        now = dict(names.collect(model))
-        lost = []
-        for p in pairs:
-            live = now[p.name].tensor if p.name in now else None
-            for tensor in (p.source,) if live is p.source else (p.source, live):
-                if tensor is not None and tensor.shape == own[p.name].shape:
-                    tensor.copy_(own[p.name])
-            if live is None or live.shape != own[p.name].shape:
-                lost.append(repr(p.name))
-        if lost:
-            _checks.warn_user(
-                f"the block inside applied_to() replaced {_checks.listed(lost)}: the model's own "
-                "weights could not be put back there"
-            )
+            finally:
+                self._swap = None
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -395,7 +388,7 @@ class WeightAverage:
             RuntimeError: the average has no sample yet, or is applied to a model.
             NameMismatchError: the model's names or shapes are not those of the average.
         """
-        if self._applied:
+        if self._swap is not None:
             raise RuntimeError("copy_to() inside applied_to(): leave the with-block first")
         tensors = self._filled_tensors(which)
         pairs = self._pair(self._source(model))
@@ -455,9 +448,11 @@ class WeightAverage:
         """Return the averages, schedules, clock and counters as plain tensors and values.
 
         The same whether or not the average is applied to a model. Tensors are live, as in
-        ``Module.state_dict``: clone them to keep them. torch.distributed.checkpoint reads into
-        them, so that a checkpoint whose settings are then refused has been written already.
+        ``Module.state_dict``: clone them to keep them; inside `applied_to` they are copies.
+        torch.distributed.checkpoint reads into them, so that a checkpoint whose settings are then
+        refused has been written already.
         """
+        self._finish()
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -468,7 +463,7 @@ class WeightAverage:
                 key: {
                     "schedule": average.schedule.to_dict(),
                     "squares": average.squares,
-                    "tensors": average.tensors,
+                    "tensors": self._tensors_of(average),
                 }
                 for key, average in self._averages.items()
             },
@@ -492,8 +487,9 @@ class WeightAverage:
             ArgumentError: settings that differ.
         """
         _checks.one_of("on_change", on_change, get_args(OnChange))
-        if self._applied:
+        if self._swap is not None:
             raise RuntimeError("load_state_dict() inside applied_to(): leave the with-block first")
+        self._finish()
         saved = read(state_dict)
         if saved.tensors.keys() != self._averages.keys():
             raise names.NameMismatchError(
@@ -501,19 +497,9 @@ class WeightAverage:
                 f"{sorted(self._averages)}"
             )
         loads = fitting("copied buffers", self._copies, saved.copies)
-        changes = []
         for key, average in self._averages.items():
             loads += fitting(f"average {key!r}", average.tensors, saved.tensors[key])
-            if saved.schedules[key] != average.schedule:
-                changes.append(
-                    f"schedule {key!r}: {saved.schedules[key]} saved, {average.schedule} given"
-                )
-        for name, there, here in (
-            ("start", saved.start, self._start),
-            ("every", saved.every, self._every),
-        ):
-            if there != here:
-                changes.append(f"{name}: {there} saved, {here} given")
+        changes = changed(saved, self._averages, self._start, self._every)
         if changes and on_change == "raise":
             raise ArgumentError(
                 "the settings changed:\n  "
@@ -537,8 +523,9 @@ class WeightAverage:
         self._counters = saved.counters
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._applied:
+        if self._swap is not None:
             raise RuntimeError("cannot copy or pickle an average inside applied_to()")
+        self._finish()
         return {**self.__dict__, "_model": None}
 
     def __repr__(self) -> str:
@@ -565,7 +552,15 @@ class WeightAverage:
                 "the average has no sample yet: call update() first. Applying it would overwrite "
                 "the model's weights with those it was built from."
             )
-        return {**self._copies, **average.tensors}
+        self._finish()
+        return {**self._copies, **self._tensors_of(average)}
+
+    def _tensors_of(self, average: OneAverage) -> dict[str, Tensor]:
+        """An average's tensors, wherever they are at the moment."""
+        if self._swap is None or self._swap[0] is not average:
+            return average.tensors
+        swap = self._swap[1]
+        return {name: swap.value(name, tensor) for name, tensor in average.tensors.items()}
 
     def _source(self, model: nn.Module | None) -> nn.Module:
         if model is not None:
