@@ -1,0 +1,1 @@
+"""polyak inside other frameworks: one file each, which imports its framework."""
