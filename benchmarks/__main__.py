@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import growth, limits, plots, report, updates
+from . import compiled, growth, limits, page, plots, report, updates
 from .contenders import CONTENDERS
 from .measure import Plan
 from .models import MODELS
+from .page import RESULTS
 from .record import ROOT, Record, cores, origin, write
 
 QUICK_MODELS = ["resnet50"]
@@ -29,7 +30,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the command line's settings."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument(
-        "which", nargs="?", choices=["all", "updates", "growth"], default="all", help="default: all"
+        "which",
+        nargs="?",
+        choices=["all", "updates", "growth", "compiled"],
+        default="all",
+        help="default: all",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), metavar="MODEL")
@@ -77,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
 
     device = torch.device(settings.device)
     quick = settings.quick
-    if settings.which != "growth":
+    if settings.which in ("all", "updates"):
         record: Record = {"origin": origin(settings.device)}
         record |= updates.run(_updates(settings, device), log)
         verdicts = limits.verdicts(record)
@@ -85,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
         record["limits"] = [verdict.to_dict() for verdict in verdicts]
         _finish(record, settings.out / f"updates-{settings.device}", started, console)
         plots.plot_updates(record, settings.out / f"updates-{settings.device}.png")
-    if settings.which != "updates":
+    if settings.which in ("all", "growth"):
         points = growth.Growth(
             device,
             max(settings.threads),
@@ -104,6 +109,13 @@ def main(arguments: Sequence[str]) -> int:
         record["limits"] = [verdict.to_dict() for verdict in verdicts]
         _finish(record, settings.out / f"growth-{settings.device}", started, console)
         plots.plot_growth(record, settings.out / f"growth-{settings.device}.png")
+    if settings.which in ("all", "compiled") and settings.device == "cpu" and not quick:
+        rounds = Plan(settings.rounds, 3, settings.seconds)
+        record = {"origin": origin("cpu"), **compiled.run(settings.threads, rounds, log)}
+        report.show_compiled(record, console)
+        _finish(record, settings.out / "compiled-cpu", started, console)
+    if settings.out == RESULTS:
+        page.write()
     return 0
 
 

@@ -12,7 +12,7 @@ from .limits import OURS, SOURCE, Verdict, update_limit
 from .models import MODELS
 from .record import Record
 
-__all__ = ["show_growth", "show_updates"]
+__all__ = ["show_compiled", "show_growth", "show_updates"]
 
 OPERATIONS = ("update", "creation", "swap", "save", "load")
 NOTES = {
@@ -137,6 +137,17 @@ def show_growth(record: Record, verdicts: list[Verdict], console: Console) -> No
             table.add_row(_at(point), *times)
         console.print(table)
     console.print(_limits(verdicts))
+
+
+def show_compiled(record: Record, console: Console) -> None:
+    """Print the third benchmark."""
+    table = Table(title=f"update of {MODELS['24x4m'].title}", caption=f"× {YARDSTICK}")
+    for title in ("", "threads", "polyak", "torch.compile"):
+        table.add_column(title, justify="right" if title else "left")
+    for row in record["points"]:
+        figures = (f"{row[name]:.2f}" for name in ("ours", "compiled"))
+        table.add_row(row["what"], str(row["threads"]), *figures)
+    console.print(table)
 
 
 def _at(point: dict[str, Any]) -> str:

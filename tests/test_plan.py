@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from polyak import kernels
 from polyak.kernels import BUCKET, bucket_on
-from polyak.plans import PACK, SMALL, Plan, lay_out
+from polyak.plans import PACK, SMALL, HalvesPlan, Plan, lay_out
 
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "small vectors": [(3,), (SMALL,), (1,), (7,)] * 3,
@@ -132,3 +134,39 @@ def test_halves_are_averaged_in_pieces_as_in_one(
     torch.testing.assert_close(
         kernels.widen(value, low), exact.lerp(source.float(), 0.1), rtol=2**-22, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("left", [0, 5])
+def test_compiled_pieces_are_what_they_are_without(
+    left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arithmetic of compiled code, run as it stands: a compiler is not everywhere."""
+    monkeypatch.setattr(kernels, "_compile", lambda update: update)
+    numel = 2 * kernels.COMPILED + left
+    source = drawn((numel,), torch.bfloat16, 1)
+    plain, fused = torch.zeros(numel), torch.zeros(numel)
+    value, low = torch.zeros(numel).bfloat16(), torch.zeros(numel, dtype=torch.int16)
+    for weight in (0.3, 0.7, 1e-4):
+        Plan([[plain]], [source]).lerp_([weight])
+        Plan([[fused]], [source], compiled=True).lerp_([weight])
+        HalvesPlan([value], [low], [source], compiled=True).lerp_(weight)
+        assert torch.equal(plain, fused)
+        assert torch.equal(plain, kernels.widen(value, low))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.timeout(280)
+def test_compiled_code_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernels, "COMPILED", 2**12)
+    numel = 2**13 + 3
+    source = drawn((numel,), torch.bfloat16, 1)
+    plain = drawn((numel,), torch.float32, 2)
+    value, low = torch.zeros(numel).bfloat16(), torch.zeros(numel, dtype=torch.int16)
+    kernels.narrow_(plain, value, low)
+    for weight in (0.3, 0.7, 1e-4, 0.1, 0.2, 0.05, 0.06, 0.07, 0.08, 0.09):
+        kernels.lerp_halves_(value, low, source, weight, compiled=True)
+        plain.lerp_(source.float(), weight)
+    assert low.any()
+    # Fused multiplication and addition round once where two operations round twice.
+    torch.testing.assert_close(kernels.widen(value, low), plain, rtol=2**-22, atol=2**-24)

@@ -45,8 +45,9 @@ class _Kept:
 class Halves:
     """Pairs whose targets are halves, and how they are updated, chosen at the first update."""
 
-    def __init__(self, pairs: list[Pair]) -> None:
+    def __init__(self, pairs: list[Pair], compiled: bool) -> None:
         self.pairs = pairs
+        self._compiled = compiled
         self._names = [p.name for p in pairs]
         self._targets = [p.target.detach() for p in pairs]
         self._kept: list[_Kept] = []
@@ -61,7 +62,9 @@ class Halves:
             lay_out(lows)
             keep = zip(self._names, lows, self._targets, strict=True)
             self._kept = [low_bits.keep(*one) for one in keep]
-            self._plan = HalvesPlan(self._targets, lows, [p.source for p in self.pairs])
+            self._plan = HalvesPlan(
+                self._targets, lows, [p.source for p in self.pairs], self._compiled
+            )
         for kept, target in zip(self._kept, self._targets, strict=True):
             if kept.version != _version(target):
                 # Someone else has written it since.

@@ -21,6 +21,7 @@ class Taking:
         sources: the tensors that are averaged.
         copies: the tensors that hold copies.
         copied: what they are copied from.
+        compiled: whether large tensors that need a cast go through compiled code.
     """
 
     def __init__(
@@ -29,10 +30,11 @@ class Taking:
         sources: Sequence[Tensor],
         copies: Sequence[Tensor],
         copied: Sequence[Tensor],
+        compiled: bool = False,
     ) -> None:
         self._averages, self._sources = averages, sources
         self._copies, self._copied = copies, copied
-        self._plan = Plan(averages, sources)
+        self._plan = Plan(averages, sources, compiled)
 
     def take(self, shares: Sequence[float]) -> Future[None] | None:
         """Average with one share for each average, and copy.
@@ -68,11 +70,12 @@ class Offload(Taking):
         sources: Sequence[Tensor],
         copies: Sequence[Tensor],
         copied: Sequence[Tensor],
+        compiled: bool = False,
     ) -> None:
         self._read = [*sources, *copied]
         self._staged = [_staging(tensor) for tensor in self._read]
         count = len(sources)
-        super().__init__(averages, self._staged[:count], copies, self._staged[count:])
+        super().__init__(averages, self._staged[:count], copies, self._staged[count:], compiled)
         devices = {tensor.device for tensor in self._read if tensor.is_cuda}
         self._streams = {device: _stream(device) for device in devices}
         self._events: list[tuple[torch.device, torch.cuda.Event]] = []

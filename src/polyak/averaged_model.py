@@ -69,6 +69,7 @@ class ExponentialMovingAverage(ScheduledAverage):
         dtype: of the average's floating-point tensors.
         start_iter: the number of updates that only copy, beside the first.
         on_nonfinite: "propagate", "skip" or "raise".
+        compiled: whether ``torch.compile`` is used.
 
     Raises:
         ArgumentError: ``momentum`` outside (0, 1), or as `BaseAveragedModel`.
@@ -97,6 +98,7 @@ class ExponentialMovingAverage(ScheduledAverage):
         dtype: torch.dtype | None = None,
         start_iter: int = 0,
         on_nonfinite: OnNonfinite = "propagate",
+        compiled: bool = False,
     ) -> None:
         momentum = number("momentum", momentum, above=0, below=1)
         super().__init__(
@@ -107,6 +109,7 @@ class ExponentialMovingAverage(ScheduledAverage):
             dtype=dtype,
             start_iter=start_iter,
             on_nonfinite=on_nonfinite,
+            compiled=compiled,
         )
         if momentum > 0.5:
             warn_user(
@@ -134,6 +137,7 @@ class MomentumAnnealingEMA(ExponentialMovingAverage):
         dtype: of the average's floating-point tensors.
         start_iter: the number of updates that only copy, beside the first; t counts from there.
         on_nonfinite: "propagate", "skip" or "raise".
+        compiled: whether ``torch.compile`` is used.
 
     Raises:
         ArgumentError: ``momentum`` outside (0, 1), ``gamma`` not above 0, or as
@@ -160,6 +164,7 @@ class MomentumAnnealingEMA(ExponentialMovingAverage):
         dtype: torch.dtype | None = None,
         start_iter: int = 0,
         on_nonfinite: OnNonfinite = "propagate",
+        compiled: bool = False,
     ) -> None:
         number("gamma", gamma, above=0)
         super().__init__(
@@ -171,6 +176,7 @@ class MomentumAnnealingEMA(ExponentialMovingAverage):
             dtype=dtype,
             start_iter=start_iter,
             on_nonfinite=on_nonfinite,
+            compiled=compiled,
         )
         self.gamma = gamma
 
@@ -200,6 +206,7 @@ class RampUpEMA(ScheduledAverage):
         update_buffers: whether buffers are averaged.
         dtype: of the average's floating-point tensors.
         on_nonfinite: "propagate", "skip" or "raise".
+        compiled: whether ``torch.compile`` is used.
 
     Raises:
         ArgumentError: an argument out of range, or as `BaseAveragedModel`.
@@ -227,6 +234,7 @@ class RampUpEMA(ScheduledAverage):
         *,
         dtype: torch.dtype | None = None,
         on_nonfinite: OnNonfinite = "propagate",
+        compiled: bool = False,
     ) -> None:
         number("ema_kimg", ema_kimg, at_least=0)
         if ema_rampup is not None:
@@ -241,6 +249,7 @@ class RampUpEMA(ScheduledAverage):
             dtype=dtype,
             start_iter=start_iter,
             on_nonfinite=on_nonfinite,
+            compiled=compiled,
         )
         self.ema_kimg = ema_kimg
         self.ema_rampup = ema_rampup

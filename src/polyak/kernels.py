@@ -5,9 +5,10 @@ Nothing here reads a value on the host but `all_finite` and `squared_distance`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ AVERAGED = (*HALF, torch.float32, torch.float64, torch.complex64, torch.complex1
 
 BUCKET = 2**17
 """Elements that one thread of a CPU works on together: few enough to stay in its cache."""
+
+COMPILED = 2**20
+"""Elements that compiled code works on together on a CPU: enough to pay for calling it."""
 
 ACCELERATOR_BUCKET = 2**24
 """The same on an accelerator: enough to keep it busy."""
@@ -195,7 +199,9 @@ def _split_(exact: Tensor, value: Tensor, low: Tensor) -> None:
     value.copy_(exact)
 
 
-def lerp_halves_(value: Tensor, low: Tensor, source: Tensor, weight: float) -> None:
+def lerp_halves_(
+    value: Tensor, low: Tensor, source: Tensor, weight: float, compiled: bool = False
+) -> None:
     """`lerp_` for an average that is held as two halves, in pieces of one bucket.
 
     Args:
@@ -203,11 +209,50 @@ def lerp_halves_(value: Tensor, low: Tensor, source: Tensor, weight: float) -> N
         low: int16, what ``value`` cannot hold.
         source: of the same shape, of any dtype and on any device.
         weight: the share of the source.
+        compiled: whether `compiled_pieces` takes as much of them as it can.
     """
-    for half, rest, new in in_pieces(value, low, source):
+    whole: tuple[Tensor, ...] = (value, low, source)
+    if compiled and value.dtype == torch.bfloat16:
+        whole = compiled_pieces(_fused_halves_, whole, weight)
+    for half, rest, new in in_pieces(*whole):
         exact = widen(half, rest)
         exact.lerp_(new.to(exact.device, torch.float32), weight)
         _split_(exact, half, rest)
+
+
+def compiled_pieces(
+    update: Callable[..., None], tensors: Sequence[Tensor], weight: float
+) -> tuple[Tensor, ...]:
+    """Run ``update(*pieces, weight)``, compiled, on all pieces of one size; return what is left.
+
+    The size is fixed, so that each kind of tensors is compiled once. The weight, which changes from
+    update to update, is a tensor.
+    """
+    size = COMPILED if tensors[0].device.type == "cpu" else ACCELERATOR_BUCKET
+    count = tensors[0].numel() // size
+    if not count or not is_plain(*tensors) or not all(t.is_contiguous() for t in tensors):
+        return tuple(tensors)
+    share = torch.tensor(weight, dtype=torch.float32)
+    flat = [tensor.detach().view(-1) for tensor in tensors]
+    fused = _compile(update)
+    for pieces in zip(*(torch.split(tensor[: count * size], size) for tensor in flat), strict=True):
+        fused(*pieces, share)
+    return tuple(tensor[count * size :] for tensor in flat)
+
+
+@functools.cache
+def _compile(update: Callable[..., None]) -> Callable[..., None]:
+    return torch.compile(update, dynamic=False)
+
+
+def fused_lerp_(target: Tensor, source: Tensor, weight: Tensor) -> None:
+    """`lerp_` of one tensor, cast and all, for `compiled_pieces`."""
+    target.copy_(torch.lerp(target, source.to(target.dtype), weight.to(target.dtype)))
+
+
+def _fused_halves_(value: Tensor, low: Tensor, source: Tensor, weight: Tensor) -> None:
+    exact = widen(value, low)
+    _split_(torch.lerp(exact, source.float(), weight), value, low)
 
 
 def in_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

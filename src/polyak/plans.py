@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polyak import kernels
-from polyak.kernels import bucket_on, is_plain, place
+from polyak.kernels import bucket_on, compiled_pieces, fused_lerp_, is_plain, place
 
 Place = tuple[torch.device, torch.dtype]
 
@@ -37,10 +37,17 @@ class Plan:
     Args:
         averages: for each average, as many tensors as there are sources.
         sources: the tensors that are averaged.
+        compiled: whether large tensors that need a cast go through `kernels.compiled_pieces`.
     """
 
-    def __init__(self, averages: Sequence[Sequence[Tensor]], sources: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        averages: Sequence[Sequence[Tensor]],
+        sources: Sequence[Tensor],
+        compiled: bool = False,
+    ) -> None:
         self._count = len(averages)
+        self._compiled = compiled
         self._direct: list[tuple[list[Tensor], list[Tensor]]] = []
         self._packed: list[tuple[list[Tensor], Gather]] = []
         self._cast: list[tuple[list[list[Tensor]], list[Tensor], list[Tensor]]] = []
@@ -109,6 +116,10 @@ class Plan:
             for row, weight in zip(rows, weights, strict=True):
                 torch._foreach_lerp_(row, views, weight)
         for targets, source in self._pieces:
+            if self._compiled and self._count == 1 and source.dtype != targets[0].dtype:
+                whole = (targets[0], source)
+                (target, source) = compiled_pieces(fused_lerp_, whole, weights[0])
+                targets = [target]
             for piece, *columns in kernels.in_pieces(source, *targets):
                 if piece.dtype != columns[0].dtype:
                     piece = self._scratch(*place(columns[0]), piece.numel()).copy_(piece)
@@ -125,11 +136,17 @@ class HalvesPlan:
         values: float16 or bfloat16.
         lows: int16, what the values cannot hold.
         sources: the tensors that are averaged.
+        compiled: whether large ones go through `kernels.compiled_pieces`.
     """
 
     def __init__(
-        self, values: Sequence[Tensor], lows: Sequence[Tensor], sources: Sequence[Tensor]
+        self,
+        values: Sequence[Tensor],
+        lows: Sequence[Tensor],
+        sources: Sequence[Tensor],
+        compiled: bool = False,
     ) -> None:
+        self._compiled = compiled
         self._whole: list[tuple[Tensor, Tensor, Tensor]] = []
         self._packed: list[tuple[Tensor, Tensor, Gather]] = []
         scratch = Scratch()
@@ -149,7 +166,7 @@ class HalvesPlan:
     def lerp_(self, weight: float) -> None:
         """``average += weight * (source - average)`` for all tensors, in float32."""
         for value, low, source in self._whole:
-            kernels.lerp_halves_(value, low, source.detach(), weight)
+            kernels.lerp_halves_(value, low, source.detach(), weight, self._compiled)
         for value, low, gather in self._packed:
             kernels.lerp_halves_(value, low, gather(), weight)
 
