@@ -6,7 +6,7 @@
   averages are the indices.
 - "posthoc-ema-file" is one file of its folder, ``<index>.<step>.pt``: the first three, all cast to
   one dtype, float16 unless said otherwise, the counter too. What float16 cannot hold was rounded
-  there, and a counter above 65,504 is infinite: it is read where it is exact (up to 2,048).
+  there, and a counter above 65,504 is infinite: it is read where it is exact (below 2,048).
 
 ``step`` counts all calls of ``update``. The first one copies, and so do those up to
 ``update_after_step``; then only each ``update_every``-th averages. Neither is saved, so that
@@ -19,7 +19,6 @@ Reference:
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -147,9 +146,9 @@ def _read_file(state: State, names: Names) -> Contents:
     notes = [_NO_SETTINGS, _NO_GAMMA, f"All tensors were cast to {step.dtype}, integers too."]
     average = _average(state, layout, notes)
     value = float(step)
-    # Up to here the dtype holds every whole number.
+    # Below this the dtype holds every whole number; from here on some were rounded to others.
     exact = 2 / torch.finfo(step.dtype).eps
-    steps = int(value) if math.isfinite(value) and 0 <= value <= exact else None
+    steps = int(value) if 0 <= value < exact else None
     if steps is None:
         notes.append(
             f"The counter is {value} in {step.dtype}, which is not exact; the true one stands in "

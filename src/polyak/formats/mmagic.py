@@ -71,24 +71,28 @@ def _matches_old(state: State) -> bool:
 
 
 def _read(state: State, names: Names) -> Contents:
-    def read(prefix: str, part: State, notes: list[str]) -> dict[str, Tensor]:
-        return read_averaged_model(part, f"mmagic: {prefix!r}", notes)
+    def read(prefix: str, part: State, notes: list[str]) -> tuple[dict[str, Tensor], bool]:
+        return read_averaged_model(part, f"mmagic: {prefix!r}", notes), "steps" in part
 
     return _read_parts(state, "mmagic", read)
 
 
 def _read_old(state: State, names: Names) -> Contents:
-    def read(prefix: str, part: State, notes: list[str]) -> dict[str, Tensor]:
-        own = behind(state_dict_of(state), f"{prefix.removesuffix(_SUFFIX)}.")
-        bare = {key: value for key, value in part.items() if key != "steps" or key in own}
-        return weights(bare, f"openmmlab-1: {prefix!r}", notes)
+    def read(prefix: str, part: State, notes: list[str]) -> tuple[dict[str, Tensor], bool]:
+        # A generator may have a buffer of that name.
+        own = f"{prefix.removesuffix(_SUFFIX)}.steps" in state_dict_of(state)
+        bare = {key: value for key, value in part.items() if key != "steps" or own}
+        return weights(bare, f"openmmlab-1: {prefix!r}", notes), "steps" in part and not own
 
     return _read_parts(state, "openmmlab-1", read)
 
 
 def _read_parts(
-    state: State, layout: str, read: Callable[[str, State, list[str]], dict[str, Tensor]]
+    state: State,
+    layout: str,
+    read: Callable[[str, State, list[str]], tuple[dict[str, Tensor], bool]],
 ) -> Contents:
+    """Read all averages; ``read`` returns the tensors of one and whether it has a counter."""
     parts = _parts(state)
     if not parts:
         raise FormatError(
@@ -99,8 +103,7 @@ def _read_parts(
     averages: dict[str, dict[str, Tensor]] = {}
     steps: dict[str, int | None] = {}
     for prefix, part in parts.items():
-        averages[prefix] = read(prefix, part, notes)
-        counted = "steps" in part and "steps" not in averages[prefix]
+        averages[prefix], counted = read(prefix, part, notes)
         steps[prefix] = count(part, "steps", f"{layout}: {prefix!r}") if counted else None
         if not counted:
             notes.append(f"{prefix!r} has no counter.")
