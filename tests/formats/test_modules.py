@@ -20,7 +20,8 @@ each_model = pytest.mark.parametrize("build", [Plain, Tied, Named, OnlyModule])
 @each_model
 def test_torch(build: type[nn.Module], tmp_path: Path) -> None:
     model = build()
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    ema = get_ema_multi_avg_fn(0.9)  # type: ignore[no-untyped-call]
+    averaged = AveragedModel(model, multi_avg_fn=ema)
     train(model, averaged.update_parameters, 3)
     contents = read_as("torch", through_file(averaged.state_dict(), tmp_path))
     assert same(contents.averages[""], averaged.module.state_dict())
@@ -29,7 +30,7 @@ def test_torch(build: type[nn.Module], tmp_path: Path) -> None:
 
     written = write(contents, "torch")
     assert list(written) == list(averaged.state_dict())
-    other = AveragedModel(build(), multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    other = AveragedModel(build(), multi_avg_fn=ema)
     other.load_state_dict(written, strict=True)
     move(model)
     averaged.update_parameters(model)
