@@ -71,6 +71,12 @@ def test_nemos_average_beside_raw_weights(tmp_path: Path) -> None:
         write(named, "torch")
 
 
+def test_nemos_raw_weights_that_hold_some_averages_are_raw() -> None:
+    raw = {"first": torch.zeros(2), "second": torch.ones(2)}
+    state = nemo(raw, [torch.zeros(2), torch.zeros(2)])
+    assert same(read(state, names=list(raw)).averages[""], dict.fromkeys(raw, torch.zeros(2)))
+
+
 def test_nemos_raw_file_points_to_its_sibling() -> None:
     state = {"state_dict": Plain().state_dict(), "optimizer_states": [{"state": {}}]}
     assert detect(state) == "plain"

@@ -54,6 +54,9 @@ def test_an_average_that_is_not_filled_is_copied_over_next() -> None:
     assert contents.counters == {"steps": 0}
     written = write(contents, "ema-pytorch")
     assert not written["initted"] and written["step"] == 0
+    # The flag decides, whatever the counter says.
+    averaged.step.fill_(5)
+    assert read(averaged.state_dict()).counters == {"steps": 0}
 
 
 def test_post_hoc(tmp_path: Path) -> None:

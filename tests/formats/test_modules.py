@@ -50,6 +50,20 @@ def test_a_model_in_ddp_that_torch_averages(tmp_path: Path) -> None:
     assert any("begin with 'module.'" in note for note in contents.notes)
 
 
+def test_names_that_fit_as_they_are_stay_as_they_are() -> None:
+    model = nn.Module()
+    model.module = nn.Module()
+    model.module.register_parameter("w", nn.Parameter(torch.ones(1)))
+    model.module.module = nn.Module()
+    model.module.module.register_buffer("w", torch.zeros(1))
+    # Without the first segment the buffer has the parameter's name.
+    assert names_of(model) == ["module.w"]
+    state = model.state_dict()
+    assert list(read(state, "plain", names=names_of(model)).averages[""]) == list(state)
+    wrapped = {f"module.{name}": value for name, value in state.items()}
+    assert list(read(wrapped, "plain", names=names_of(model)).averages[""]) == list(state)
+
+
 def test_segments_of_wrappers_are_left_out() -> None:
     state = {
         "n_averaged": torch.tensor(1),
