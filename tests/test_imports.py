@@ -43,6 +43,7 @@ FLOORS = (
     # On top, imported by nobody: each loads its framework.
     "integrations",
     "integrations.lightning",
+    "integrations.transformers",
 )
 
 PUBLIC = [
