@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import polyak
+import two_ranks
 from reference import exponential_mass, recursion, shares
 
 transformers = pytest.importorskip("transformers")
@@ -329,46 +326,8 @@ def test_the_average_of_an_adapter_loads_through_peft(tmp_path: Path) -> None:
 # Two ranks.
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
 def test_two_ranks_hold_the_same_average(tmp_path: Path) -> None:
-    source = Path(polyak.__file__).parent.parent
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", transformers_model.__file__, str(tmp_path)],
-            env={
-                **os.environ,
-                "PYTHONPATH": str(source),
-                "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "WORLD_SIZE": "2",
-                "LOCAL_RANK": str(rank),
-                "RANK": str(rank),
-            },
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    ranks: list[Any] = [
-        torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)
-    ]
+    ranks = two_ranks.run(transformers_model.__file__, tmp_path)
     for rank in ranks:
         assert rank["backend"] == "gloo"
         assert rank["average"]["counters"]["samples"] == len(rank["trajectory"]) == STEPS
