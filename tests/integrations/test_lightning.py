@@ -260,6 +260,18 @@ def test_after_fit_the_module_holds_the_average_and_tests_with_it(tmp_path: Path
     assert_close(weights(module), expected)
 
 
+def test_other_weights_that_are_put_in_after_fit_are_validated_as_they_are(
+    tmp_path: Path,
+) -> None:
+    module = Recorder()
+    run = trainer(tmp_path, [callback()])
+    run.fit(module)
+    nn.init.zeros_(module.get_parameter("net.0.weight"))
+    run.validate(module, verbose=False)
+    assert not module.validated[-1]["net.0.weight"].any()
+    assert not weights(module)["net.0.weight"].any()
+
+
 def test_an_average_that_never_started_is_skipped_with_a_warning(tmp_path: Path) -> None:
     module, averaging = Recorder(), callback(start=1000)
     with pytest.warns(UserWarning, match=r"no sample \(start=1000, clock 10\).*keeps the weights"):
@@ -299,6 +311,29 @@ def test_finding_a_learning_rate_first_leaves_no_trace(tmp_path: Path) -> None:
     run.fit(module)
     assert averaging.average is not None
     assert averaging.average.samples == BATCHES
+    assert_close(averaging.average.tensors(), oracle(module.trajectory[-BATCHES:]))
+
+
+def test_finding_a_learning_rate_inside_fit_leaves_no_trace(tmp_path: Path) -> None:
+    class Inside(pl.callbacks.LearningRateFinder):  # type: ignore[misc, name-defined]
+        def on_fit_start(self, *_: Any) -> None:
+            pass
+
+        def on_train_epoch_start(self, run: Any, module: Any) -> None:
+            if run.current_epoch == 0:
+                self.lr_find(run, module)
+
+    class WithRate(Recorder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lr = 0.1
+
+    module, averaging = WithRate(), callback()
+    finder = Inside(num_training_steps=3, update_attr=False)
+    trainer(tmp_path, [averaging, finder]).fit(module)
+    assert averaging.average is not None
+    # Those steps were updates too, until the finder put everything back.
+    assert len(module.trajectory) > BATCHES == averaging.average.samples
     assert_close(averaging.average.tensors(), oracle(module.trajectory[-BATCHES:]))
 
 

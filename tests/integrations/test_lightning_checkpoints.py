@@ -168,6 +168,16 @@ def test_a_checkpoint_saved_after_fit_is_right(tmp_path: Path) -> None:
     assert "current_model_state" not in found and "weight_average" not in found
 
 
+def test_a_checkpoint_of_a_second_fit_is_right(tmp_path: Path) -> None:
+    module, averaging = Recorder(), callback()
+    trainer(tmp_path, [averaging]).fit(module)
+    module.trajectory.clear()
+    trainer(tmp_path, [averaging, saving(tmp_path, every_n_train_steps=4)]).fit(module)
+    found = read(tmp_path / "step=4.ckpt")
+    assert_average(found["state_dict"], module.trajectory[:4])
+    assert_equal(found["current_model_state"], module.trajectory[3])
+
+
 def test_the_last_checkpoint_of_fit_holds_both_sets(tmp_path: Path) -> None:
     module = Recorder()
     last = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=100)

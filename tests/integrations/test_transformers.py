@@ -147,6 +147,17 @@ def test_an_exception_in_evaluation_brings_the_weights_back(
     assert averaging.average.samples == 5, "updates go on after train"
 
 
+def test_other_weights_that_are_put_in_after_training_are_evaluated_as_they_are(
+    tmp_path: Path,
+) -> None:
+    recorder = Recorder()
+    run = trainer(tmp_path, recorder, callback())
+    run.train()
+    nn.init.zeros_(run.model.lm_head.weight)
+    run.evaluate()
+    assert not recorder.evaluated[-1][1]["lm_head.weight"].any()
+
+
 def test_an_average_that_never_started_is_skipped_with_a_warning(tmp_path: Path) -> None:
     recorder, averaging = Recorder(), callback(start=1000)
     run = trainer(tmp_path, recorder, averaging, **EVERY_5)
