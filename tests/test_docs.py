@@ -18,6 +18,10 @@ def page_id(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+# Of the frameworks' own making, on the pages about them.
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if CODE.search(p.read_text(encoding="utf-8"))], ids=page_id
 )

@@ -65,7 +65,9 @@ FLOORS = (
     "__init__",
     # Nobody imports these; each imports its framework.
     "integrations",
+    "integrations.lightning",
     "integrations.mmengine",
+    "integrations.transformers",
 )
 
 PUBLIC = [
@@ -255,7 +257,8 @@ def test_importing_loads_nothing_but_torch() -> None:
 def test_the_guard_of_the_import_can_fail(tmp_path: Path) -> None:
     copied = tmp_path / "polyak"
     shutil.copytree(SOURCE, copied, ignore=shutil.ignore_patterns("__pycache__"))
-    heavy = ("mmengine", "lightning", "transformers", "peft", "typer", "rich", "matplotlib")
+    frameworks = ("mmengine", "lightning", "transformers", "accelerate", "peft")
+    heavy = (*frameworks, "typer", "rich", "matplotlib")
     for name in (*heavy, "sklearn"):
         (tmp_path / f"{name}.py").write_text("", encoding="utf-8")
     with (copied / "weight_average.py").open("a", encoding="utf-8") as file:
