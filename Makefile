@@ -45,10 +45,11 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 	$(PIP) torch -e '.[demo]'
 	touch $@
 
-# mmagic's dependencies pin packages that no longer exist; only one of its files is read.
+# mmagic's dependencies pin packages that no longer exist, timm's torchvision does not import beside
+# the CPU build of torch; only single files of theirs are read.
 $(VENV)/.test: $(VENV)/.python pyproject.toml constraints.txt
 	$(PIP) torch -e '.[demo,peers,test]'
-	$(PIP) --no-deps mmagic
+	$(PIP) --no-deps mmagic timm
 	touch $@
 
 $(VENV)/.check: $(VENV)/.test
