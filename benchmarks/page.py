@@ -181,9 +181,9 @@ def _compiled(record: Record) -> str:
         [row["what"], _threads(row["threads"]), f"{row['ours']:.2f}", f"{row['compiled']:.2f}"]
         for row in record["points"]
     ]
-    head = ["update of 24 × 4M", "", "polyak", "torch.compile"]
+    head = ["update of 24 × 4M", "", "as it is", "compiled"]
     return (
-        f"The same arithmetic by `torch.compile`, × one flat float32 `lerp_` "
+        f"Compiled updates, × one flat float32 `lerp_` "
         f"(`{record['origin']['command']}`):\n\n{_table(head, rows)}"
     )
 

@@ -142,7 +142,7 @@ def show_growth(record: Record, verdicts: list[Verdict], console: Console) -> No
 def show_compiled(record: Record, console: Console) -> None:
     """Print the third benchmark."""
     table = Table(title=f"update of {MODELS['24x4m'].title}", caption=f"× {YARDSTICK}")
-    for title in ("", "threads", "polyak", "torch.compile"):
+    for title in ("", "threads", "as it is", "compiled"):
         table.add_column(title, justify="right" if title else "left")
     for row in record["points"]:
         figures = (f"{row[name]:.2f}" for name in ("ours", "compiled"))

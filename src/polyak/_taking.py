@@ -21,7 +21,7 @@ class Taking:
         sources: the tensors that are averaged.
         copies: the tensors that hold copies.
         copied: what they are copied from.
-        compiled: whether large tensors that need a cast go through compiled code.
+        compiled: whether large tensors go through compiled code.
     """
 
     def __init__(

@@ -251,8 +251,15 @@ def fused_lerp_(target: Tensor, source: Tensor, weight: Tensor) -> None:
 
 
 def _fused_halves_(value: Tensor, low: Tensor, source: Tensor, weight: Tensor) -> None:
-    exact = widen(value, low)
-    _split_(torch.lerp(exact, source.float(), weight), value, low)
+    """`widen`, lerp and `narrow_` of bfloat16 without int16 arithmetic, which compiles badly."""
+    high, rest = value.view(torch.int16).to(torch.int32), low.to(torch.int32)
+    rest = torch.where(high & 0x7FFF == 0, rest.clamp_min(0), rest)
+    exact = ((high << 16) + rest).view(torch.float32)
+    exact = torch.lerp(exact, source.float(), weight)
+    bits = torch.where(exact == exact, exact, math.nan).view(torch.int32)
+    rest = (bits << 16) >> 16
+    low.copy_(rest)
+    value.view(torch.int16).copy_((bits - rest) >> 16)
 
 
 def in_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

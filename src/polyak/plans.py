@@ -37,7 +37,7 @@ class Plan:
     Args:
         averages: for each average, as many tensors as there are sources.
         sources: the tensors that are averaged.
-        compiled: whether large tensors that need a cast go through `kernels.compiled_pieces`.
+        compiled: whether large casts for one average go through `kernels.compiled_pieces`.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Plan:
         compiled: bool = False,
     ) -> None:
         self._count = len(averages)
-        self._compiled = compiled
+        self._compiled = compiled and self._count == 1
         self._direct: list[tuple[list[Tensor], list[Tensor]]] = []
         self._packed: list[tuple[list[Tensor], Gather]] = []
         self._cast: list[tuple[list[list[Tensor]], list[Tensor], list[Tensor]]] = []
@@ -116,7 +116,7 @@ class Plan:
             for row, weight in zip(rows, weights, strict=True):
                 torch._foreach_lerp_(row, views, weight)
         for targets, source in self._pieces:
-            if self._compiled and self._count == 1 and source.dtype != targets[0].dtype:
+            if self._compiled and source.dtype != targets[0].dtype:
                 whole = (targets[0], source)
                 (target, source) = compiled_pieces(fused_lerp_, whole, weights[0])
                 targets = [target]

@@ -76,7 +76,7 @@ class WeightAverage:
         on_nonfinite: what an update does when averaged tensors hold an infinity or a NaN:
             "propagate" averages them, "skip" advances the clock only and counts the update in
             ``skipped``, "raise" raises. The last two wait for the device.
-        compiled: whether large tensors that need a cast are averaged by ``torch.compile``: faster,
+        compiled: whether large half-precision weights go through ``torch.compile``: faster,
             after some seconds at the first update; needs a C++ compiler on a CPU.
 
     Raises:

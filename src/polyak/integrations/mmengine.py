@@ -150,6 +150,7 @@ class RampUpEMA(polyak.RampUpEMA, BaseAveragedModel):
         *,
         dtype: torch.dtype | None = None,
         on_nonfinite: OnNonfinite = "propagate",
+        compiled: bool = False,
     ) -> None:
         still = type(batch_size) is int and batch_size == 0
         super().__init__(
@@ -164,6 +165,7 @@ class RampUpEMA(polyak.RampUpEMA, BaseAveragedModel):
             update_buffers,
             dtype=dtype,
             on_nonfinite=on_nonfinite,
+            compiled=compiled,
         )
         if still:
             self.batch_size = 0
