@@ -38,6 +38,21 @@ FLOORS = (
     "averaged_model",
     "_average_state",
     "weight_average",
+    # Files.
+    "_file_errors",
+    "_replacing",
+    "_safetensors",
+    "_pickled",
+    "_distributed_checkpoint",
+    "files",
+    # Nobody imports these.
+    "cli._output",
+    "cli._input",
+    "cli._inspect",
+    "cli._convert",
+    "cli._app",
+    "cli",
+    "__main__",
     # On top, re-exports.
     "__init__",
 )
