@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from polyak._checks import whole
-from polyak._file_errors import FileError, os_errors
+from polyak._file_errors import FileError, os_errors, reason
 from polyak._pickled import unpickle
 
 INDEX = ".metadata"
@@ -95,7 +95,7 @@ def open_folder(folder: Path) -> DistributedCheckpoint:
     except Exception as error:
         raise FileError(
             f"{path}: not an index of torch.distributed.checkpoint, or it is damaged "
-            f"({type(error).__name__}: {error}); copy the folder or save it again"
+            f"({reason(error)}); copy the folder or save it again"
         ) from error
 
 

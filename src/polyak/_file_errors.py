@@ -35,3 +35,9 @@ def _told(error: OSError, doing: str) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error.strerror}; free some space or choose another folder. Nothing was written"
     return f"cannot {doing} it: {error.strerror or error}"
+
+
+def reason(error: Exception) -> str:
+    """Return an error of another library in a few words."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".")[:120] if lines else type(error).__name__

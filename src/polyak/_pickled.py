@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import torch
 
-from polyak._file_errors import FileError
+from polyak._file_errors import FileError, reason
 
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"
@@ -110,10 +110,8 @@ def unpickle(path: str, file: str | IO[bytes], *, mmap: bool = False) -> Any:
 
 
 def _damaged(path: str, error: Exception) -> FileError:
-    lines = str(error).strip().splitlines()
-    reason = lines[0].rstrip(".")[:120] if lines else type(error).__name__
     return FileError(
-        f"{path}: not a file of torch.save, or it is damaged or cut short ({reason}); "
+        f"{path}: not a file of torch.save, or it is damaged or cut short ({reason(error)}); "
         "copy or save it again"
     )
 
@@ -127,7 +125,9 @@ def _can_be_mapped(path: str) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-    except zipfile.BadZipFile as error:
+    except OSError:
+        raise
+    except Exception as error:
         raise _damaged(path, error) from error
     names = {os.path.basename(record.filename) for record in records}
     if "constants.pkl" in names:

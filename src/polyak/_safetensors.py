@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polyak import kernels
-from polyak._file_errors import FileError
+from polyak._file_errors import FileError, reason
 
 SCALARS = "polyak"
 """The key of the metadata under which values that are no tensors stand, as JSON."""
@@ -106,7 +106,7 @@ def _json(path: Path, scalars: Mapping[str, Any]) -> str:
         return json.dumps(scalars)
     except (TypeError, ValueError) as error:
         raise FileError(
-            f"{path}: safetensors cannot hold these values ({error}); "
+            f"{path}: safetensors cannot hold these values ({reason(error)}); "
             "write to a name that ends in .pt"
         ) from error
 

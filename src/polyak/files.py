@@ -18,7 +18,7 @@ from torch import Tensor
 from polyak import _pickled, kernels
 from polyak._distributed_checkpoint import INDEX, LazyTensor, inside, open_folder
 from polyak._file_errors import FileError as FileError
-from polyak._file_errors import os_errors
+from polyak._file_errors import os_errors, reason
 from polyak._pickled import Unread
 from polyak._replacing import replacing
 from polyak._safetensors import SCALARS, write_safetensors
@@ -256,7 +256,9 @@ def _from_file(path: Path) -> _Read:
     with open(path, "rb") as file:
         head = file.read(16)
     torch_made = head.startswith((_pickled.ZIP, _pickled.PICKLE))
-    if not torch_made and (path.suffix == ".safetensors" or head[8:9] == b"{"):
+    if path.suffix == ".safetensors" and torch_made:
+        raise FileError(f"{path}: was written by torch.save; rename it to {path.stem}.pt")
+    if path.suffix == ".safetensors" or (head[8:9] == b"{" and not torch_made):
         return "safetensors", *_from_safetensors(path)
     if not torch_made and path.suffix not in TORCH_SUFFIXES:
         raise FileError(
@@ -277,7 +279,7 @@ def _from_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             metadata = dict(file.metadata() or {})
     except SafetensorError as error:
         raise FileError(
-            f"{path}: not a safetensors file, or it is damaged or cut short ({error}); "
+            f"{path}: not a safetensors file, or it is damaged or cut short ({reason(error)}); "
             "copy or save it again"
         ) from error
     if SCALARS in metadata:
@@ -285,7 +287,7 @@ def _from_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             state.update(json.loads(metadata.pop(SCALARS)))
         except (ValueError, TypeError) as error:
             raise FileError(
-                f"{path}: the values in its metadata are damaged ({error}); save it again"
+                f"{path}: the values in its metadata are damaged ({reason(error)}); save it again"
             ) from error
     return state, metadata
 
@@ -332,7 +334,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FileError(f"{path}: not JSON ({error}); get the file again") from error
+        raise FileError(f"{path}: not JSON ({reason(error)}); get the file again") from error
     if not isinstance(found, dict):
         raise FileError(f"{path}: holds a {type(found).__name__} and no object; get the file again")
     return found
