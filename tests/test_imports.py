@@ -38,14 +38,34 @@ FLOORS = (
     "averaged_model",
     "_average_state",
     "weight_average",
-    # Files.
+    # Floor 1: checkpoint files.
     "_file_errors",
     "_replacing",
     "_safetensors",
     "_pickled",
     "_distributed_checkpoint",
     "files",
-    # Nobody imports these.
+    # Floor 2: other libraries' layouts.
+    "formats._contents",
+    "formats._request",
+    "formats._layout",
+    "formats.composer",
+    "formats.d2go",
+    "formats.diffusers",
+    "formats.edm2",
+    "formats.ema_pytorch",
+    "formats.lightning",
+    "formats.mmengine",
+    "formats.mmagic",
+    "formats.nemo",
+    "formats.plain",
+    "formats.swa_utils",
+    "formats.timm",
+    "formats.torch_ema",
+    "formats.weight_average",
+    "formats._registry",
+    "formats",
+    # Floor 3: nobody imports these.
     "cli._output",
     "cli._input",
     "cli._inspect",
@@ -268,7 +288,10 @@ def test_public_names_are_frozen() -> None:
     assert {name for name in visible if not name.startswith("_")} == set(PUBLIC)
 
 
-@pytest.mark.parametrize("module", [name for name in FLOORS if not name.startswith("_")])
+# A subpackage has public names of its own, which its tests freeze.
+@pytest.mark.parametrize(
+    "module", [name for name in FLOORS if not name.startswith("_") and name != "formats"]
+)
 def test_what_a_module_says_is_public_is_public(module: str) -> None:
     listed = getattr(importlib.import_module(f"polyak.{module}"), "__all__", [])
     assert set(listed) <= set(PUBLIC) and len(set(listed)) == len(listed)

@@ -1,0 +1,1 @@
+"""Layouts of averaged checkpoints, against files that the real libraries wrote in this run."""
