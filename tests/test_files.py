@@ -24,12 +24,12 @@ from typing import Any
 import numpy
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import polyak
@@ -531,7 +531,7 @@ def test_a_folder_of_one_checkpoint_is_that_and_of_several_is_none(tmp_path: Pat
 
 def save_distributed(state: dict[str, Any], folder: Path) -> None:
     with pytest.warns(UserWarning, match="torch.distributed is"):
-        dcp.save(state, checkpoint_id=folder, no_dist=True)
+        state_dict_saver.save(state, checkpoint_id=folder, no_dist=True)
 
 
 def test_distributed_checkpoints_are_read_as_torch_reads_them(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polyak import _pickled, kernels
-from polyak._distributed_checkpoint import INDEX, LazyTensor, inside, open_folder
+from polyak._distributed_checkpoint import INDEX, inside, open_folder
+from polyak._distributed_checkpoint import LazyTensor as LazyTensor
 from polyak._file_errors import FileError as FileError
 from polyak._file_errors import os_errors, reason
 from polyak._pickled import Unread
@@ -214,6 +215,8 @@ def _write_torch(
     except BaseException as error:
         # torch closes its archive after an error, and that error hides the first.
         raise stream.error or error from None
+    if stream.error is not None:
+        raise stream.error
 
 
 def tensors_by_name(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -388,11 +391,13 @@ class _Stream:
         self.error: BaseException | None = None
 
     def write(self, data: Any) -> int:
+        if self.error is not None:
+            raise self.error
         try:
             count: int = self._file.write(data)
             self._told(count)
         except BaseException as error:
-            self.error = self.error or error
+            self.error = error
             raise
         return count
 

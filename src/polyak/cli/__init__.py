@@ -19,11 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from polyak.cli._app import run
     except ModuleNotFoundError as missing:
-        if (missing.name or "").partition(".")[0] not in ("rich", "typer"):
+        package = (missing.name or "").partition(".")[0]
+        if package not in ("rich", "typer"):
             raise
         print(
-            f"error: the command polyak needs {missing.name}: pip install 'polyak[cli]'",
-            file=sys.stderr,
+            f"error: the command polyak needs {package}: pip install 'polyak[cli]'", file=sys.stderr
         )
         return 1
     return run(arguments)

@@ -59,10 +59,9 @@ def run(arguments: Sequence[str] | None) -> int:
 
 
 _HINT = (
-    "(Options: --from, --at, --which, --steps, --decay, --names-from, --raw-from, --set key=value.)"
+    "(At a shell: --from, --at, --which, --names-from, --raw-from, --steps, --decay, and for "
+    "name= of any other --set name=value.)"
 )
-
-
 # Two files: a config and the weights.
 _FOLDER = "diffusers-pretrained"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from polyak import files, formats
+from polyak._checks import listed
 from polyak.cli import _input, _output
 from polyak.files import FileError
 
@@ -64,7 +66,7 @@ def convert(asked: Conversion) -> dict[str, Any]:
         "bytes": total,
         "counters": contents.counters,
         "settings": contents.settings,
-        "notes": [*contents.notes, *_input.unread(state)],
+        "notes": [*contents.notes, *_input.unread(state), *_lost(asked, contents, made)],
     }
 
 
@@ -84,6 +86,22 @@ def _with_steps(contents: formats.Contents, steps: int | None) -> formats.Conten
     if steps is None:
         return contents
     return replace(contents, counters={**contents.counters, "steps": steps, "samples": steps})
+
+
+def _lost(asked: Conversion, contents: formats.Contents, made: Mapping[str, Any]) -> list[str]:
+    """Return a note on what was read and is not found again in what is written."""
+    kept = formats.read(made, asked.wanted)
+    others = len(contents.averages) - 1
+    lost = [f"{others} of the averages"] if others > 0 and len(kept.averages) <= 1 else []
+    if contents.raw is not None and kept.raw is None:
+        lost.append("the model's own weights")
+    for before, after in ((contents.counters, kept.counters), (contents.settings, kept.settings)):
+        lost += [
+            f"{name} = {value}"
+            for name, value in before.items()
+            if value is not None and after.get(name) is None
+        ]
+    return [f"{asked.wanted} does not carry: {listed(lost)}."] if lost else []
 
 
 def _refuse_other_shapes(

@@ -24,7 +24,9 @@ def put(text: str, stream: TextIO | None = None) -> None:
     """Write a text, its characters that the stream cannot show replaced by escapes."""
     stream = stream or sys.stdout
     encoding = stream.encoding or "utf-8"
-    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    # Line by line: unbuffered streams do not notice that a long text was taken in part.
+    for line in text.split("\n"):
+        stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     stream.flush()
 
 
