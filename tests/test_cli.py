@@ -7,6 +7,8 @@ import io
 import json
 import os
 import pickle
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -207,6 +209,12 @@ def test_what_was_done_as_json(
         "notes": done["notes"],
     }
     assert [f"note: {note}" for note in done["notes"]] == captured.err.splitlines()
+    assert done["notes"][0].startswith("mmengine: The layout does not say how")
+    assert done["notes"][1:] == [
+        "plain: The layout has no counters.",
+        "plain: The layout does not say whether the weights are an average.",
+        "plain does not carry: steps = 2.",
+    ]
 
 
 def test_an_output_that_exists_is_replaced_only_by_force(
@@ -380,7 +388,7 @@ def test_what_a_checkpoint_holds(
         "average     9 tensors, 37 values",
         "counters    steps = 2",
         "tensors     2 of int64, 16 bytes",
-        "            8 of float32, 180 bytes",
+        "            8 of float32, 144 bytes",
         "non-finite  none",
     ]
 
@@ -622,6 +630,8 @@ def test_without_the_extra_it_says_which(
 ) -> None:
     for module in [one for one in sys.modules if one.startswith(("polyak.cli.", f"{name}."))]:
         monkeypatch.delitem(sys.modules, module)
+        if module.startswith("polyak.cli."):
+            monkeypatch.delattr(module)
     monkeypatch.setitem(sys.modules, name, None)
     assert main([]) == 1
     captured = capsys.readouterr()
@@ -651,6 +661,28 @@ def test_shells_complete_commands_and_layouts(
         main([])
     assert ended.value.code == 0
     assert capsys.readouterr().out.split() == expected
+
+
+# The page on the shell.
+
+
+def test_the_commands_of_the_page_run_and_print_what_it_says(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "shell.md").read_text(encoding="utf-8")
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        exec(block, {})
+    blocks = re.findall(r"^```console\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    commands = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", "".join(blocks), re.MULTILINE)
+    assert len(commands) > 4
+    for line, expected in commands:
+        program, *arguments = shlex.split(line.replace("\\\n", " "))
+        if program == "polyak":
+            assert main(arguments) == 0, (line, capsys.readouterr().err)
+            captured = capsys.readouterr()
+            printed = (captured.err + captured.out).splitlines()
+            # How large a file of torch.save is depends on torch's version.
+            assert [p for p in printed if not p.startswith("file")] == expected.splitlines(), line
 
 
 # Parts.

@@ -127,6 +127,17 @@ def test_safetensors_are_read_by_their_own_library(
     assert not any(begins), "tensors begin at multiples of their width"
 
 
+def test_a_header_of_any_length_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    begins = set()
+    for length in range(0, 256, 8):
+        # Of 128 bytes, and it begins as a pickle does.
+        save(path, {"w" * length: torch.ones(1)})
+        begins.add(path.read_bytes()[:1])
+        assert list(load(path)) == ["w" * length]
+    assert b"\x80" in begins
+
+
 def test_what_is_no_tensor_comes_back_from_the_metadata(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     state = {
@@ -505,9 +516,10 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: 
         ("{", "not JSON"),
         ("[]", "holds a list and no object"),
         ("{}", "no 'weight_map'"),
-        ('{"weight_map": {"w": "none.safetensors"}}', "no such file, but"),
+        ('{"weight_map": {"w": "none.safetensors"}}', "no such shard, but"),
         ('{"weight_map": {"v": "x.safetensors"}}', "has no tensor 'v'"),
-        ('{"weight_map": {"v": 3}}', "no such file|not inside"),
+        ('{"weight_map": {"v": 3}}', "no such shard"),
+        ('{"weight_map": {"v": "model.safetensors.index.json"}}', "no such shard"),
     ],
 )
 def test_a_wrong_index_is_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -257,11 +257,14 @@ def _from_file(path: Path) -> _Read:
     if path.name.endswith(".index.json"):
         return "shards", _from_shards(path), {}
     with open(path, "rb") as file:
-        head = file.read(16)
+        head = file.read(9)
+    # First in a safetensors file is the length of its header, whose bytes can look like anything.
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return "safetensors", *_from_safetensors(path)
     torch_made = head.startswith((_pickled.ZIP, _pickled.PICKLE))
-    if path.suffix == ".safetensors" and torch_made:
-        raise FileError(f"{path}: was written by torch.save; rename it to {path.stem}.pt")
-    if path.suffix == ".safetensors" or (head[8:9] == b"{" and not torch_made):
+    if path.suffix == ".safetensors":
+        if torch_made:
+            raise FileError(f"{path}: was written by torch.save; rename it to {path.stem}.pt")
         return "safetensors", *_from_safetensors(path)
     if not torch_made and path.suffix not in TORCH_SUFFIXES:
         raise FileError(
@@ -302,8 +305,8 @@ def _from_shards(index: Path) -> dict[str, Any]:
     shards = {}
     for name in sorted(set(map(str, where.values()))):
         shard = inside(index.parent, name, index)
-        if not shard.is_file():
-            raise FileError(f"{shard}: no such file, but {index} names it; get the shard too")
+        if not shard.is_file() or shard.suffix not in SUFFIXES:
+            raise FileError(f"{shard}: no such shard, but {index} names it; get the shard too")
         shards[name] = _from_file(shard)[1]
     for key, name in where.items():
         if not isinstance(shards[str(name)].get(key), Tensor):

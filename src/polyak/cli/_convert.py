@@ -66,7 +66,11 @@ def convert(asked: Conversion) -> dict[str, Any]:
         "bytes": total,
         "counters": contents.counters,
         "settings": contents.settings,
-        "notes": [*contents.notes, *_input.unread(state), *_lost(asked, contents, made)],
+        "notes": [
+            *(f"{layout}: {note}" for note in contents.notes),
+            *_input.unread(state),
+            *_lost(asked, contents, made),
+        ],
     }
 
 
@@ -89,7 +93,7 @@ def _with_steps(contents: formats.Contents, steps: int | None) -> formats.Conten
 
 
 def _lost(asked: Conversion, contents: formats.Contents, made: Mapping[str, Any]) -> list[str]:
-    """Return a note on what was read and is not found again in what is written."""
+    """Return notes on what the written layout has no place for, seen by reading it again."""
     kept = formats.read(made, asked.wanted)
     others = len(contents.averages) - 1
     lost = [f"{others} of the averages"] if others > 0 and len(kept.averages) <= 1 else []
@@ -101,7 +105,8 @@ def _lost(asked: Conversion, contents: formats.Contents, made: Mapping[str, Any]
             for name, value in before.items()
             if value is not None and after.get(name) is None
         ]
-    return [f"{asked.wanted} does not carry: {listed(lost)}."] if lost else []
+    notes = [f"{asked.wanted}: {note}" for note in kept.notes]
+    return [*notes, f"{asked.wanted} does not carry: {listed(lost)}."] if lost else notes
 
 
 def _refuse_other_shapes(
