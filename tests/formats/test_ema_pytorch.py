@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +21,10 @@ each_model = pytest.mark.parametrize("build", [Plain, Tied, Named, OnlyModule])
 @each_model
 @pytest.mark.parametrize("online", [False, True])
 def test_ema(build: type[nn.Module], online: bool, tmp_path: Path) -> None:
-    def wrap(model: nn.Module) -> nn.Module:
-        averaged: nn.Module = ema_pytorch().EMA(
+    def wrap(model: nn.Module) -> Any:
+        return ema_pytorch().EMA(
             model, beta=0.9, update_every=2, update_after_step=1, include_online_model=online
         )
-        return averaged
 
     model = build()
     averaged = wrap(model)
@@ -54,6 +54,9 @@ def test_an_average_that_is_not_filled_is_copied_over_next() -> None:
     assert contents.counters == {"steps": 0}
     written = write(contents, "ema-pytorch")
     assert not written["initted"] and written["step"] == 0
+    # The flag decides, whatever the counter says.
+    averaged.step.fill_(5)
+    assert read(averaged.state_dict()).counters == {"steps": 0}
 
 
 def test_post_hoc(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ each_model = pytest.mark.parametrize("build", [Plain, Tied, Named, OnlyModule])
 @each_model
 def test_torch(build: type[nn.Module], tmp_path: Path) -> None:
     model = build()
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    ema = get_ema_multi_avg_fn(0.9)  # type: ignore[no-untyped-call]
+    averaged = AveragedModel(model, multi_avg_fn=ema)
     train(model, averaged.update_parameters, 3)
     contents = read_as("torch", through_file(averaged.state_dict(), tmp_path))
     assert same(contents.averages[""], averaged.module.state_dict())
@@ -29,7 +30,7 @@ def test_torch(build: type[nn.Module], tmp_path: Path) -> None:
 
     written = write(contents, "torch")
     assert list(written) == list(averaged.state_dict())
-    other = AveragedModel(build(), multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    other = AveragedModel(build(), multi_avg_fn=ema)
     other.load_state_dict(written, strict=True)
     move(model)
     averaged.update_parameters(model)
@@ -47,6 +48,20 @@ def test_a_model_in_ddp_that_torch_averages(tmp_path: Path) -> None:
     contents = read(state)
     assert list(contents.averages[""]) == [f"module.{name}" for name in model.state_dict()]
     assert any("begin with 'module.'" in note for note in contents.notes)
+
+
+def test_names_that_fit_as_they_are_stay_as_they_are() -> None:
+    model = nn.Module()
+    model.module = nn.Module()
+    model.module.register_parameter("w", nn.Parameter(torch.ones(1)))
+    model.module.module = nn.Module()
+    model.module.module.register_buffer("w", torch.zeros(1))
+    # Without the first segment the buffer has the parameter's name.
+    assert names_of(model) == ["module.w"]
+    state = model.state_dict()
+    assert list(read(state, "plain", names=names_of(model)).averages[""]) == list(state)
+    wrapped = {f"module.{name}": value for name, value in state.items()}
+    assert list(read(wrapped, "plain", names=names_of(model)).averages[""]) == list(state)
 
 
 def test_segments_of_wrappers_are_left_out() -> None:

@@ -164,7 +164,7 @@ def test_an_average_written_for_diffusers_is_not_copied_over(after: int) -> None
     other.load_state_dict(written)
     move(model)
     other.step(model.parameters())
-    expected = averaged.module.weight.lerp(model.weight, 0.25)
+    expected = averaged.avg_parameters["weight"].lerp(model.weight, 0.25)
     torch.testing.assert_close(other.shadow_params[0], expected)
 
 

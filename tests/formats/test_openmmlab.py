@@ -145,7 +145,8 @@ class Gan(nn.Module):
     def update(self) -> None:
         for name, child in list(self.named_children()):
             if name.endswith("_ema"):
-                child.update_parameters(self.get_submodule(name.removesuffix("_ema")))
+                averaged: Any = child
+                averaged.update_parameters(self.get_submodule(name.removesuffix("_ema")))
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -169,7 +170,8 @@ def test_mmagic(wrapped: bool, tmp_path: Path) -> None:
 def test_several_averages_have_to_be_chosen_from() -> None:
     model = Gan(mmengine().ExponentialMovingAverage, "generator", "denoising")
     train(model.discriminator, lambda _: model.update(), 2)
-    model.get_submodule("denoising_ema").update_parameters(model.denoising)
+    denoising: Any = model.get_submodule("denoising_ema")
+    denoising.update_parameters(model.denoising)
     contents = read_as("mmagic", model.state_dict())
     assert contents.raw is None
     assert contents.counters == {"generator_ema.steps": 2, "denoising_ema.steps": 3}
@@ -178,7 +180,7 @@ def test_several_averages_have_to_be_chosen_from() -> None:
     with pytest.raises(FormatError, match=r"which='generator' is none of .*'denoising_ema'"):
         write(contents, "mmengine", which="generator")
     written = write(contents, "mmengine", which="denoising_ema")
-    assert same(written, model.get_submodule("denoising_ema").state_dict())
+    assert same(written, denoising.state_dict())
 
 
 @pytest.mark.parametrize("counted", [False, True])
