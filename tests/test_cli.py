@@ -115,7 +115,7 @@ def test_commands_and_options_are_frozen() -> None:
 def test_the_program_is_installed_with_its_extra() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert '[project.scripts]\npolyak = "polyak.cli:main"\n' in project
-    assert 'cli = ["rich>=13", "typer>=0.12"]' in project
+    assert 'cli = ["rich>=13", "typer>=0.15"]' in project
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -216,7 +216,7 @@ def _tensor(
         )
 
     def read() -> Tensor:
-        complete = torch.empty(shape, dtype=dtype)
+        complete = torch.empty(shape, dtype=dtype)  # Takes no memory until it is written to.
         for offsets, sizes, stored in chunks:
             part = stored.load()
             if not isinstance(part, Tensor) or part.shape != sizes or part.dtype != dtype:
@@ -224,6 +224,8 @@ def _tensor(
                     f"{stored.path}: holds no part of {name!r} where the index says so; "
                     "copy the folder or save it again"
                 )
+            if sizes == shape:
+                return part
             target = complete
             for axis, (offset, length) in enumerate(zip(offsets, sizes, strict=True)):
                 target = target.narrow(axis, offset, length)

@@ -83,14 +83,16 @@ def size(count: int) -> str:
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar on stderr while much is read or written, if a terminal is there to show it."""
     console = Console(stderr=True)
+    if total < LARGE or not console.is_terminal:
+        yield lambda count: None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TimeRemainingColumn(),
     )
-    hidden = total < LARGE or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
 
