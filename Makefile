@@ -48,7 +48,7 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 # mmagic's dependencies pin packages that no longer exist, timm's torchvision does not import beside
 # the CPU build of torch; only single files of theirs are read.
 $(VENV)/.test: $(VENV)/.python pyproject.toml constraints.txt
-	$(PIP) torch -e '.[demo,peers,test]'
+	$(PIP) torch -e '.[cli,demo,peers,test]'
 	$(PIP) --no-deps mmagic timm
 	touch $@
 

@@ -41,6 +41,13 @@ FLOORS = (
     "averaged_model",
     "_average_state",
     "weight_average",
+    # Floor 1: checkpoint files.
+    "_file_errors",
+    "_replacing",
+    "_safetensors",
+    "_pickled",
+    "_distributed_checkpoint",
+    "files",
     # Floor 2: other libraries' layouts.
     "formats._contents",
     "formats._request",
@@ -61,6 +68,14 @@ FLOORS = (
     "formats.weight_average",
     "formats._registry",
     "formats",
+    # Floor 3: nobody imports these.
+    "cli._output",
+    "cli._input",
+    "cli._inspect",
+    "cli._convert",
+    "cli._app",
+    "cli",
+    "__main__",
     # On top, re-exports.
     "__init__",
     # Nobody imports these; each imports its framework.
