@@ -77,7 +77,10 @@ def test_every_row_has_a_test_and_stands_in_the_documented_table() -> None:
     page = (Path(__file__).parent.parent / "docs" / "differences.md").read_text("utf-8")
     rows = {int(n): row for n, row in re.findall(r"^\| (\d+) (\|.*)$", page, re.MULTILINE)}
     assert {int(match[1]) for match in found if match} == ROWS
-    assert list(rows) == sorted(ROWS)
+    # Row 46 is about a framework, and its tests stand with those of the integration.
+    integration = Path(__file__).parent / "integrations" / "test_mmengine_checkpoints.py"
+    assert "def test_46_" in integration.read_text(encoding="utf-8")
+    assert list(rows) == [*sorted(ROWS), 46]
     assert [n for n, row in rows.items() if "†" in row] == sorted(SHOWN)
 
 

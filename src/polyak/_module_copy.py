@@ -35,27 +35,25 @@ def copy_module(model: M, device: torch.device | None, dtype: torch.dtype | None
     """
     # For its errors: lazy parameters cannot be copied.
     collect(model)
-    originals: dict[int, Tensor] = {}
+    memo: dict[int, Any] = {}
+    parameters: dict[int, Tensor] = {}
     for name, module in model.named_modules():
         where = f"{type(module).__name__} at {name!r}" if name else type(module).__name__
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 _refuse_sharded(where, key, parameter)
                 if type(parameter) is nn.Parameter:
-                    originals[id(parameter)] = parameter
+                    parameters[id(parameter)] = parameter
         for key, buffer in module._buffers.items():
-            if buffer is not None:
+            if buffer is not None and id(buffer) not in memo:
                 _refuse_sharded(where, key, buffer)
                 if type(buffer) is Tensor:
-                    originals[id(buffer)] = buffer
-    tensors = list(originals.values())
+                    # In memory of its own: a compiled module may write to it.
+                    (memo[id(buffer)],) = copies([buffer], [_dtype(buffer, dtype)], device)
+    tensors = list(parameters.values())
     fresh = copies(tensors, [_dtype(tensor, dtype) for tensor in tensors], device)
-    memo: dict[int, Any] = {
-        id(tensor): nn.Parameter(new, requires_grad=False)
-        if isinstance(tensor, nn.Parameter)
-        else new
-        for tensor, new in zip(tensors, fresh, strict=True)
-    }
+    for identity, new in zip(parameters, fresh, strict=True):
+        memo[identity] = nn.Parameter(new, requires_grad=False)
     for module in model.modules():
         _memo_computed(module.__dict__, memo, device, dtype, set())
     try:

@@ -66,14 +66,13 @@ def unwrap(model: nn.Module) -> nn.Module:
         True
     """
     while True:
-        inner = next(
-            (
-                child
-                for key, child in model._modules.items()
-                if child is not None and _is_wrapping(model, key)
-            ),
-            None,
+        # By key and not child by child: a plain model may have a thousand.
+        children = (
+            model._modules.get(key)
+            for key in (*WRAPPER_SEGMENTS, "module")
+            if _is_wrapping(model, key)
         )
+        inner = next((child for child in children if child is not None), None)
         if inner is None:
             return model
         model = inner
