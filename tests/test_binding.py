@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load, load_model, save, save_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -161,6 +163,57 @@ def test_the_name_of_an_only_parameter_is_noticed() -> None:
         update(average, model)
 
 
+@pytest.mark.parametrize("kind", range(2))
+def test_other_shapes_of_the_same_memory_are_noticed(kind: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(200, 200))
+    changes: list[tuple[int, Callable[[Tensor], Tensor]]] = [
+        (0, lambda t: t[:2]),
+        (0, lambda t: t[:1]),
+        (1, lambda t: t[:1]),
+        (1, lambda t: t[:, :1]),
+    ]
+    for index, change in changes:
+        average = averages(model)[kind]
+        update(average, model)
+        weight = model.get_parameter(f"{index}.weight")
+        whole = weight.data
+        weight.data = change(whole)
+        with pytest.raises(polyak.NameMismatchError, match=f"'{index}.weight' has shape"):
+            update(average, model)
+        weight.data = whole
+    average = averages(model)[kind]
+    update(average, model)
+    weight = model.get_parameter("0.weight")
+    before = values(average)[0]["0.weight"].clone()
+    weight.data = weight.data.t()
+    update(average, model)
+    torch.testing.assert_close(values(average)[0]["0.weight"], (before + weight) / 2)
+
+
+def test_an_averaged_module_that_is_replaced_is_noticed() -> None:
+    model = build()
+    average = polyak.ExponentialMovingAverage(model, 0.5)
+    update(average, model)
+    old = average.module
+    average.module = copy.deepcopy(model).requires_grad_(False)
+    frozen = {n: t.clone() for n, t in old.state_dict().items()}
+    train(model, 3)
+    wanted = (average.module.get_parameter("0.weight") + model.get_parameter("0.weight")) / 2
+    update(average, model)
+    torch.testing.assert_close(average.module.get_parameter("0.weight").data, wanted.detach())
+    assert all(torch.equal(t, frozen[n]) for n, t in old.state_dict().items())
+
+
+def test_an_update_between_forward_and_backward_is_noticed_by_autograd() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    average = polyak.ExponentialMovingAverage(model)
+    update(average, model)
+    out = average(torch.randn(2, 3, requires_grad=True)).sum()
+    update(average, model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
 def test_another_model_is_noticed() -> None:
     first, second = build(), build()
     for average in averages(first):
@@ -288,7 +341,7 @@ def test_a_copy_finds_for_itself() -> None:
             assert all(torch.equal(left[name], was[name]) for name in was)
 
 
-def test_small_vectors_lie_side_by_side_and_save_as_tensors_of_their_own() -> None:
+def test_small_tensors_lie_side_by_side_and_save_as_tensors_of_their_own(tmp_path: Path) -> None:
     model = build()
     average = polyak.ExponentialMovingAverage(model)
     several = polyak.WeightAverage(model, [polyak.Uniform()] * 2)
@@ -296,12 +349,21 @@ def test_small_vectors_lie_side_by_side_and_save_as_tensors_of_their_own() -> No
         [p for p in average.module.parameters() if p.dim() == 1],
         [t for n, t in several._averages["1"].tensors.items() if t.dim() == 1],
     ):
-        assert len({t.untyped_storage().data_ptr() for t in tensors}) == 1
         assert len(tensors) == 4
+        for one, other in itertools.pairwise(tensors):
+            assert other.data_ptr() - one.data_ptr() >= one.numel() * one.itemsize
+            assert other.data_ptr() - tensors[0].data_ptr() < 1000
+        # Each has a storage of its own, of its own size.
+        assert len({t.untyped_storage().data_ptr() for t in tensors}) == 4
+        assert all(t.untyped_storage().nbytes() == t.numel() * t.itemsize for t in tensors)
     update(several, model)
     for state in (average.module.state_dict(), several.tensors(1)):
         read = load(save(state))
         assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+    save_model(average.module, str(tmp_path / "model.safetensors"))
+    again = build()
+    load_model(again, str(tmp_path / "model.safetensors"))
+    assert torch.equal(again.get_parameter("0.weight"), average.module.get_parameter("0.weight"))
 
 
 class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]

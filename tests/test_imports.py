@@ -30,8 +30,8 @@ FLOORS = (
     "kernels",
     "plans",
     "names",
-    "_applied",
     "_binding",
+    "_applied",
     "_attached",
     "_taking",
     # Floor 1: live averages.

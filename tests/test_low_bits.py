@@ -45,7 +45,8 @@ def test_slow_averages_follow_the_float64_oracle() -> None:
     weights = [model.get_parameter(f"{index}.weight") for index in range(len(HALVES))]
     for update in range(updates):
         for weight, stuck, one in zip(weights, naive, samples, strict=True):
-            weight.data = one[update]
+            # In place, so that what is bound once is used throughout.
+            weight.data.copy_(one[update])
             stuck.lerp_(one[update], momentum)
         average.update_parameters(model)
     values = [shown(average, f"{index}.weight") for index in range(len(HALVES))]

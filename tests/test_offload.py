@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import pickle
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -208,13 +211,53 @@ def test_copies_are_waited_for_before_the_weights_change(
         optimizer.step()
         events.append("next step begins")
     handle.remove()
-    copied = ["side waits for main", "recorded"]
     waited = ["main waits for the copies"]
+    # Buffers are always waited for: the next forward writes to them.
+    copied = ["side waits for main", "recorded", *waited, "recorded"]
     if overlap:
         first = ["before step", "step", *copied, "next step begins"]
         assert events == [*first, "before step", *waited, *first[1:], *waited]
     else:
         assert events == ["before step", "step", *copied, *waited, "next step begins"] * 2
+
+
+def forked(average: WeightAverage, model: nn.Module) -> int:
+    """Read and update an average in a forked process, and return its exit status."""
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            average.state_dict()
+            average.update(model)
+            average.tensors()
+            status = 0
+        finally:
+            os._exit(status)
+    for _ in range(600):
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.1)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return -1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_forked_process_does_not_wait_for_a_thread_that_it_does_not_have(
+    idle: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(2, 2)
+    average = WeightAverage(model, polyak.Uniform())
+    average.update(model)
+    gate = Gate(monkeypatch)
+    gate.open.set()
+    average.update(model)
+    if idle:
+        average.tensors()
+    assert forked(average, model) == 0
 
 
 @pytest.mark.skipif(not CUDA, reason="what is here runs on the CPU: see the tests above")

@@ -168,6 +168,7 @@ def test_several_averages_leave_in_any_order(first_out: int, dtype: torch.dtype)
     blocks = [average.applied_to(model) for average in averages]
     for block in blocks:
         block.__enter__()
+    assert all(same(a.tensors(), w) for a, w in zip(averages, wanted, strict=True))
     blocks[first_out].__exit__(None, None, None)
     inside = wanted[1 - first_out]
     assert all(torch.equal(t, inside[n].to(t.dtype)) for n, t in model.state_dict().items())
@@ -209,26 +210,88 @@ def test_interruptions_wait_until_the_weights_are_whole(monkeypatch: pytest.Monk
     interrupt_at: list[int] = []
     calls = 0
 
-    def interrupted(first: list[Tensor], second: list[Tensor]) -> None:
+    def interrupted(first: Tensor, second: Tensor) -> None:
         nonlocal calls
         calls += 1
-        exchange(first[:1], second[:1])
         if calls in interrupt_at:
             os.kill(os.getpid(), signal.SIGINT)
-        exchange(first[1:], second[1:])
+        exchange(first, second)
 
     def evaluate() -> None:
         with average.applied_to(model):
             pass
 
     monkeypatch.setattr(kernels, "exchange_", interrupted)
-    for at in (1, 2):
+    for at in (1, 3, 6, 7, 12):
         calls, interrupt_at[:] = 0, [at]
         with pytest.raises(KeyboardInterrupt):
             evaluate()
-        assert calls == 2
+        assert calls == 12
         assert same(model.state_dict(), own) and same(average.tensors(), wanted)
     average.update(model)
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_what_fails_midway_is_undone(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    average = averaged(model)
+    wanted, own = snapshot(average.tensors()), snapshot(model.state_dict())
+    exchange = kernels.exchange_
+    calls = 0
+
+    def failing(first: Tensor, second: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise MemoryError("no room")
+        exchange(first, second)
+
+    monkeypatch.setattr(kernels, "exchange_", failing)
+    with pytest.raises(MemoryError, match="no room"), average.applied_to(model):
+        pass
+    monkeypatch.undo()
+    assert same(model.state_dict(), own) and same(average.tensors(), wanted)
+    average.update(model)
+
+
+def test_a_parameter_that_cannot_be_written_leaves_all_as_it_was() -> None:
+    model = build()
+    average = averaged(model)
+    wanted = snapshot(average.tensors())
+    model.get_parameter("2.bias").data = torch.ones(1).expand(2)
+    own = snapshot(model.state_dict())
+    with pytest.raises(RuntimeError, match="single memory location"), average.applied_to(model):
+        pass
+    assert same(model.state_dict(), own) and same(average.tensors(), wanted)
+
+
+def test_weights_that_share_memory_in_another_order_come_back() -> None:
+    model = nn.Sequential(nn.Linear(3, 5, bias=False), nn.Linear(5, 3, bias=False))
+    model.get_parameter("1.weight").data = model.get_parameter("0.weight").data.t()
+    average = averaged(model)
+    wanted, own = snapshot(average.tensors()), snapshot(model.state_dict())
+    with average.applied_to(model):
+        pass
+    assert same(model.state_dict(), own) and same(average.tensors(), wanted)
+
+
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_a_part_and_the_whole_of_a_model(first_out: int) -> None:
+    model = build()
+    part = model[0]
+    averages = [averaged(part), averaged(model)]
+    own = snapshot(model.state_dict())
+    wanted = [snapshot(average.tensors()) for average in averages]
+    blocks = [averages[0].applied_to(part), averages[1].applied_to(model)]
+    blocks[0].__enter__()
+    with pytest.raises(RuntimeError, match="inside applied_to"):
+        averages[1].update(model)
+    blocks[1].__enter__()
+    assert all(same(a.tensors(), w) for a, w in zip(averages, wanted, strict=True))
+    blocks[first_out].__exit__(None, None, None)
+    blocks[1 - first_out].__exit__(None, None, None)
+    assert same(model.state_dict(), own)
+    assert all(same(a.tensors(), w) for a, w in zip(averages, wanted, strict=True))
 
 
 def test_exchange_of_every_layout() -> None:
@@ -238,7 +301,7 @@ def test_exchange_of_every_layout() -> None:
         if len(shape) == 2:
             first = first.t().contiguous().t()
         before = first.clone(), second.clone()
-        kernels.exchange_([first], [second])
+        kernels.exchange_(first, second)
         assert torch.equal(first, before[1]) and torch.equal(second, before[0])
 
 
@@ -253,7 +316,8 @@ def growth() -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_thousand_updates_hold_no_more_memory(dtype: torch.dtype) -> None:
-    model = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 100)).to(dtype)
+    # Larger than a bucket, so that what is made of it whole would show.
+    model = nn.Sequential(nn.Linear(40, 50), nn.Linear(400, 600)).to(dtype)
     average = WeightAverage(model, [polyak.Exponential(half_life=9), polyak.Uniform()])
     module = polyak.ExponentialMovingAverage(model)
 

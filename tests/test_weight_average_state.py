@@ -129,6 +129,8 @@ def test_golden_keys() -> None:
         },
         "start": 1,
         "every": 2,
+        "ties": {},
+        "transient": [],
         "averages": {
             "slow": {
                 "schedule": {

@@ -7,21 +7,21 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from polyak import _checks, kernels, names
-from polyak.names import Pair, unwrap
+from polyak._binding import Watch
+from polyak.names import Pair
 
-_swaps: WeakKeyDictionary[nn.Module, list[Swap]] = WeakKeyDictionary()
-"""What is applied to each model at the moment, the last one on top."""
+_swaps: list[Swap] = []
+"""What is applied at the moment, the last one on top."""
 
 
 def refuse(model: nn.Module, applied: bool = False) -> None:
     """Raise `RuntimeError` if a model holds averaged weights, or the average is ``applied``."""
-    if applied or unwrap(model) in _swaps:
+    if applied or (_swaps and any(swap.touches(_identities(model)) for swap in _swaps)):
         raise RuntimeError(
             "update inside applied_to(): the model holds averaged weights, which must not be "
             "averaged again. Leave the with-block first."
@@ -43,32 +43,48 @@ class Swap:
 
     def __init__(self, model: nn.Module, pairs: Sequence[Pair], writable: bool) -> None:
         self._model = model
-        self._pairs = pairs
-        self._exchanged = [
-            p
-            for p in pairs
-            if p.kind == "parameter" and p.target.dtype == p.source.dtype and not writable
-        ]
+        self._pairs = {id(p.source): p for p in pairs}
         # The block may move the model to other memory; these stay where the average then is.
-        self._places = {p.name: p.source.detach() for p in pairs}
-        self._own: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = {}
+        self._places = {key: p.source.detach() for key, p in self._pairs.items()}
+        self._exchangeable = {
+            key
+            for key, p in self._pairs.items()
+            if p.kind == "parameter" and p.target.dtype == p.source.dtype and not writable
+        }
+        self._by_name = {p.name: key for key, p in self._pairs.items()}
+        self._exchanged: list[int] = []
+        self._own: dict[int, Tensor] = {}
+        self._versions: dict[int, int] = {}
         self._written: set[str] = set()
 
+    def touches(self, identities: set[int]) -> bool:
+        """Whether any of the tensors, by identity, holds averaged weights through this."""
+        return not identities.isdisjoint(self._pairs)
+
     def apply(self) -> None:
-        """Put the average into the model."""
-        stack = _swaps.get(unwrap(self._model), [])
-        for swap in stack:
+        """Put the average into the model, or leave all as it is and raise."""
+        self._own = {
+            key: self._places[key].clone() for key in self._pairs if key not in self._exchangeable
+        }
+        below = self._beside()
+        for swap in below:
             swap._look()
-        apart = {p.name for p in self._exchanged}
-        copied = [p for p in self._pairs if p.name not in apart]
-        self._own = {p.name: self._places[p.name].clone() for p in copied}
-        kernels.copy_([self._places[p.name] for p in copied], [p.target for p in copied])
-        self._exchange()
-        stack.append(self)
-        _swaps[unwrap(self._model)] = stack
-        for swap in stack:
-            swap._settle()
+        _swaps.append(self)
+        try:
+            for key in self._own:
+                self._places[key].copy_(self._pairs[key].target)
+            for key in self._pairs:
+                if key in self._exchangeable:
+                    kernels.exchange_(self._pairs[key].target, self._places[key])
+                    self._exchanged.append(key)
+        except BaseException:
+            self._back()
+            raise
+        finally:
+            for swap in below:
+                swap._settle()
+        self._watch = Watch(self._model)
+        self._settle()
 
     def undo(self) -> list[str]:
         """Put the model's own weights back.
@@ -76,57 +92,67 @@ class Swap:
         Returns:
             The names of parameters whose average is lost, since the block has written there.
         """
-        stack = _swaps[unwrap(self._model)]
         # Blocks that do not end in the order in which they began, as those of callbacks.
-        above = stack[stack.index(self) + 1 :]
+        above = [swap for swap in self._beside() if _swaps.index(swap) > _swaps.index(self)]
         for swap in reversed(above):
             swap.undo()
-        for swap in stack:
+        for swap in (*self._beside(), self):
             swap._look()
-        self._exchange()
-        stack.remove(self)
-        if not stack:
-            del _swaps[unwrap(self._model)]
-        for swap in stack:
+        moved = not self._watch.unchanged()
+        self._back()
+        for swap in self._beside():
             swap._settle()
-        self._restore()
+        if moved:
+            self._restore()
         for swap in above:
             swap.apply()
         return sorted(self._written)
 
     def value(self, name: str, tensor: Tensor) -> Tensor:
         """Return an average's tensor as it is outside the block; a copy where it was exchanged."""
-        return self._places[name].clone() if name in self._versions else tensor
+        key = self._by_name.get(name)
+        if key not in self._exchanged:
+            return tensor
+        for swap in _swaps[_swaps.index(self) + 1 :]:
+            # Another average is applied over this one, and holds what was in the model.
+            if key in swap._exchanged:
+                return swap._pairs[key].target.clone()
+            if key in swap._own:
+                return swap._own[key].clone()
+        return self._places[key].clone()
 
-    def _exchange(self) -> None:
-        places = [self._places[p.name] for p in self._exchanged]
-        kernels.exchange_([p.target for p in self._exchanged], places)
+    def _beside(self) -> list[Swap]:
+        return [swap for swap in _swaps if swap is not self and swap.touches(set(self._pairs))]
+
+    def _back(self) -> None:
+        # In reverse, since tensors may share memory.
+        while self._exchanged:
+            key = self._exchanged.pop()
+            kernels.exchange_(self._pairs[key].target, self._places[key])
+        for key, own in self._own.items():
+            self._places[key].copy_(own)
+        _swaps.remove(self)
 
     def _settle(self) -> None:
-        self._versions = {p.name: _version(self._places[p.name]) for p in self._exchanged}
+        self._versions = {key: _version(self._places[key]) for key in self._exchanged}
 
     def _look(self) -> None:
-        for p in self._exchanged:
-            place = self._places[p.name]
-            if _is_at(p.source, place) and _version(place) != self._versions[p.name]:
-                self._written.add(p.name)
+        for key, version in self._versions.items():
+            place, pair = self._places[key], self._pairs[key]
+            if _version(place) != version and _is_at(pair.source, place):
+                self._written.add(pair.name)
 
     def _restore(self) -> None:
-        # Looked up anew: the block may have moved the model, which replaces its buffers. The
-        # tensors from before are restored too, since an optimizer may hold them.
+        """Put the model's own weights also where the block has moved the model to."""
+        # An optimizer may hold the tensors from before, and the model others.
         now = names.collect(self._model)
         lost = []
-        for p in self._pairs:
-            place = self._places[p.name]
-            own = self._own.get(p.name, place)
+        for key, p in self._pairs.items():
+            own = self._places[key]
             live = now[p.name].tensor if p.name in now else None
-            done = [own]
-            for tensor in (place, p.source, live):
-                if tensor is None or tensor.shape != own.shape:
-                    continue
-                if not any(_is_at(tensor, other) for other in done):
+            for tensor in (p.source, live):
+                if tensor is not None and tensor.shape == own.shape and not _is_at(tensor, own):
                     tensor.detach().copy_(own)
-                    done.append(tensor)
             if live is None or live.shape != own.shape:
                 lost.append(repr(p.name))
         if lost:
@@ -151,7 +177,7 @@ def applied(model: nn.Module, pairs: Sequence[Pair], writable: bool) -> Iterator
         yield swap
         failed = False
     finally:
-        if swap in _swaps.get(unwrap(model), []):
+        if swap in _swaps:
             with _whole():
                 written = [repr(name) for name in swap.undo()]
         if written:
@@ -175,13 +201,14 @@ def _is_at(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors are one memory."""
     if first is second:
         return True
-    if not kernels.is_plain(first, second):
-        return _local(first) is not first and _is_at(_local(first), _local(second))
-    return first.data_ptr() == second.data_ptr() and first.dtype == second.dtype
+    one, other = kernels.local(first), kernels.local(second)
+    if not kernels.is_plain(one, other):
+        return False
+    return one.data_ptr() == other.data_ptr() and one.dtype == other.dtype
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return getattr(tensor, "_local_tensor", tensor)
+def _identities(model: nn.Module) -> set[int]:
+    return {id(tensor) for _, tensor, *_ in names.walk(model)}
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from polyak import plans
 from polyak._checks import ArgumentError, flag, listed, number, whole
 from polyak.names import NameMismatchError
 from polyak.schedules import Schedule
@@ -75,6 +76,16 @@ def named(
             f"Exponential(half_life=10_000), but got {schedule!r}"
         )
     return found
+
+
+def copies(
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device | None,
+) -> dict[str, Tensor]:
+    """`plans.copies` by name."""
+    found = plans.copies(list(tensors.values()), [dtypes[name] for name in tensors], device)
+    return dict(zip(tensors, found, strict=True))
 
 
 class Saved(NamedTuple):

@@ -66,7 +66,7 @@ class BaseAveragedModel(nn.Module):
         on_nonfinite: what an update does when averaged weights hold an infinity or a NaN:
             "propagate" averages it, "skip" leaves the average and its counter as they are and
             counts the update in ``skipped``, "raise" raises. The last two wait for the device.
-        compiled: whether large half-precision weights go through ``torch.compile``: faster,
+        compiled: whether large bfloat16 weights go through ``torch.compile``: faster,
             after some seconds at the first averaging; needs a C++ compiler on a CPU.
 
     Attributes:

@@ -17,10 +17,10 @@ Found = TypeVar("Found")
 class Watch:
     """A module's names, tensors and children, to see whether any has become another.
 
-    Noticed are tensors that were replaced, added, removed or renamed, tensors with other memory,
-    and children likewise; not a table of tensors that is exchanged as a whole, which only happens
-    where a state is unpickled into a module that lives. A look costs about 0.2 µs per module, since
-    Python's own loops over dicts and lists do it.
+    Noticed are tensors that were replaced, added, removed or renamed, tensors with other memory or
+    another shape, and children likewise; not a table of tensors that is exchanged as a whole, which
+    only happens where a state is unpickled into a module that lives. A look costs some tenths of a
+    microsecond per module, since Python's own loops over dicts and lists do it.
 
     Kept are a module's tables and their tensors, but no module: none is kept alive that its model
     has given up.
@@ -54,8 +54,11 @@ class Watch:
         self._names = list(chain.from_iterable(self._full))
         # The values of all dicts in a row, five times as fast as a loop over them.
         self._tensors = gc.get_referents(*self._full)
+        self._lengths = list(map(len, self._full))
         self._dense: list[Tensor] = [t for t in self._tensors if _has_address(t)]
         self._addresses = list(map(Tensor.data_ptr, self._dense))
+        self._shapes = list(map(Tensor.size, self._dense))
+        self._strides = list(map(Tensor.stride, self._dense))
 
     def unchanged(self) -> bool:
         """Whether everything is as it was."""
@@ -66,6 +69,9 @@ class Watch:
             len(tensors) == len(self._tensors)
             and all(map(is_, tensors, self._tensors))
             and list(map(Tensor.data_ptr, self._dense)) == self._addresses
+            and list(map(Tensor.size, self._dense)) == self._shapes
+            and list(map(Tensor.stride, self._dense)) == self._strides
+            and list(map(len, self._full)) == self._lengths
             and list(chain.from_iterable(self._full)) == self._names
             and all(parent.unchanged() for parent in self._parents)
             and [_seen(table) for table in self._foreign] == self._foreign_seen
@@ -127,6 +133,7 @@ class Binding(Generic[Found]):
     def __init__(self) -> None:
         self.found: Found | None = None
         self._model: weakref.ref[nn.Module] | None = None
+        self._own: weakref.ref[nn.Module] | None = None
         self._watched: list[Watch] = []
 
     def get(self, model: nn.Module, own: nn.Module | None, find: Callable[[], Found]) -> Found:
@@ -137,7 +144,7 @@ class Binding(Generic[Found]):
             own: the averaged module, or None where no one else can change the average.
             find: pairs the two.
         """
-        same = self._model is not None and self._model() is model
+        same = _refers(self._model, model) and (own is None or _refers(self._own, own))
         if same and self.found is not None and all(w.unchanged() for w in self._watched):
             return self.found
         self.clear()
@@ -146,17 +153,22 @@ class Binding(Generic[Found]):
         self.found = found
         # A model that is gone must not be kept alive by the tensors that were found.
         mine = weakref.ref(self)
+        self._own = None if own is None else weakref.ref(own)
         self._model = weakref.ref(model, lambda _: _clear(mine))
         return found
 
     def clear(self) -> None:
         """Forget what was found."""
-        self.found = self._model = None
+        self.found = self._model = self._own = None
         self._watched = []
 
     def __reduce__(self) -> tuple[type[Binding[Found]], tuple[()]]:
         # A copy finds for itself.
         return Binding, ()
+
+
+def _refers(reference: weakref.ref[nn.Module] | None, module: nn.Module) -> bool:
+    return reference is not None and reference() is module
 
 
 def _clear(binding: weakref.ref[Binding[Found]]) -> None:

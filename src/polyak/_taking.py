@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyak import kernels
 from polyak.plans import Plan
+
+
+class Pending:
+    """Averaging that goes on in the background."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+        self._process = os.getpid()
+
+    def wait(self) -> None:
+        """Wait until it is done, and raise what it raised.
+
+        In a process that was forked meanwhile no one works on it: there the average is as it was
+        at that moment.
+        """
+        if os.getpid() == self._process:
+            self._future.result()
 
 
 class Taking:
@@ -36,7 +54,7 @@ class Taking:
         self._copies, self._copied = copies, copied
         self._plan = Plan(averages, sources, compiled)
 
-    def take(self, shares: Sequence[float]) -> Future[None] | None:
+    def take(self, shares: Sequence[float]) -> Pending | None:
         """Average with one share for each average, and copy.
 
         Returns:
@@ -79,23 +97,38 @@ class Offload(Taking):
         devices = {tensor.device for tensor in self._read if tensor.is_cuda}
         self._streams = {device: _stream(device) for device in devices}
         self._events: list[tuple[torch.device, torch.cuda.Event]] = []
-        # Its thread ends with it, or with the program.
+        # Its thread ends with it, or with the program; a forked process needs one of its own.
         self._executor = ThreadPoolExecutor(1, "polyak-offload")
+        self._process = os.getpid()
 
-    def take(self, shares: Sequence[float]) -> Future[None] | None:
-        """Begin to average; the sources may be changed after `hold`."""
+    def take(self, shares: Sequence[float]) -> Pending | None:
+        """Begin to average; parameters may be changed after `hold`, buffers at once."""
+        if os.getpid() != self._process:
+            self._executor, self._process = ThreadPoolExecutor(1, "polyak-offload"), os.getpid()
         for device, stream in self._streams.items():
             stream.wait_stream(torch.cuda.current_stream(device))
+        # Buffers first: the next forward writes to them, long before a step to the parameters.
+        self._copy(parameters=False)
+        self._events = self._record()
+        self.hold()
+        self._copy(parameters=True)
+        self._events = self._record()
+        events = [event for _, event in self._events]
+        return Pending(self._executor.submit(self._average, events, list(shares)))
+
+    def _copy(self, parameters: bool) -> None:
         for staged, source in zip(self._staged, self._read, strict=True):
+            if isinstance(source, nn.Parameter) is not parameters:
+                continue
             side = self._streams.get(source.device)
             with torch.cuda.stream(side):
                 staged.copy_(source.detach(), non_blocking=True)
             if side is not None:
                 # Memory that the model gives up is not used again before it has been read.
                 source.detach().record_stream(side)
-        self._events = [(device, stream.record_event()) for device, stream in self._streams.items()]
-        events = [event for _, event in self._events]
-        return self._executor.submit(self._average, events, list(shares))
+
+    def _record(self) -> list[tuple[torch.device, torch.cuda.Event]]:
+        return [(device, stream.record_event()) for device, stream in self._streams.items()]
 
     def _average(self, events: list[torch.cuda.Event], shares: list[float]) -> None:
         for event in events:

@@ -69,7 +69,7 @@ class ExponentialMovingAverage(ScheduledAverage):
         dtype: of the average's floating-point tensors.
         start_iter: the number of updates that only copy, beside the first.
         on_nonfinite: "propagate", "skip" or "raise".
-        compiled: whether ``torch.compile`` is used.
+        compiled: whether large bfloat16 weights go through ``torch.compile``.
 
     Raises:
         ArgumentError: ``momentum`` outside (0, 1), or as `BaseAveragedModel`.
@@ -137,7 +137,7 @@ class MomentumAnnealingEMA(ExponentialMovingAverage):
         dtype: of the average's floating-point tensors.
         start_iter: the number of updates that only copy, beside the first; t counts from there.
         on_nonfinite: "propagate", "skip" or "raise".
-        compiled: whether ``torch.compile`` is used.
+        compiled: whether large bfloat16 weights go through ``torch.compile``.
 
     Raises:
         ArgumentError: ``momentum`` outside (0, 1), ``gamma`` not above 0, or as
@@ -206,7 +206,7 @@ class RampUpEMA(ScheduledAverage):
         update_buffers: whether buffers are averaged.
         dtype: of the average's floating-point tensors.
         on_nonfinite: "propagate", "skip" or "raise".
-        compiled: whether ``torch.compile`` is used.
+        compiled: whether large bfloat16 weights go through ``torch.compile``.
 
     Raises:
         ArgumentError: an argument out of range, or as `BaseAveragedModel`.

@@ -1,4 +1,4 @@
-"""In-place arithmetic over lists of tensors: the only code that knows dtypes and devices.
+"""In-place arithmetic over tensors of any dtype and device; `plans` says which is used when.
 
 Nothing here reads a value on the host but `all_finite` and `squared_distance`.
 """
@@ -105,16 +105,28 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         torch._foreach_copy_(*plain)
 
 
-def exchange_(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-    """Exchange the values of each pair of one dtype, through memory of one bucket.
+def exchange_(one: Tensor, other: Tensor) -> None:
+    """Exchange the values of two tensors of one dtype, through memory of one bucket.
 
-    Tensors that are not contiguous go through memory of their own size.
+    Both are as before if it fails. Of sharded tensors, which are sharded alike, each rank exchanges
+    its own.
     """
-    for pair in zip(first, second, strict=True):
-        for one, other in in_pieces(*(tensor.detach() for tensor in pair)):
-            held = one.clone()
-            one.copy_(other)
-            other.copy_(held)
+    pieces = list(in_pieces(local(one.detach()), local(other.detach())))
+    held = torch.empty_like(pieces[0][0])
+    for first, second in pieces:
+        kept = held if first.shape == held.shape else held.view(-1)[: first.numel()]
+        kept.copy_(first)
+        first.copy_(second)
+        try:
+            second.copy_(kept)
+        except BaseException:
+            first.copy_(kept)
+            raise
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -214,10 +226,14 @@ def lerp_halves_(
     whole: tuple[Tensor, ...] = (value, low, source)
     if compiled and value.dtype == torch.bfloat16:
         whole = compiled_pieces(_fused_halves_, whole, weight)
-    for half, rest, new in in_pieces(*whole):
-        exact = widen(half, rest)
-        exact.lerp_(new.to(exact.device, torch.float32), weight)
-        _split_(exact, half, rest)
+    for half, rest, new in in_pieces(*whole, share=2):
+        _lerp_piece_(half, rest, new, weight)
+
+
+def _lerp_piece_(value: Tensor, low: Tensor, source: Tensor, weight: float) -> None:
+    exact = widen(value, low)
+    exact.lerp_(source.to(exact.device, torch.float32), weight)
+    _split_(exact, value, low)
 
 
 def compiled_pieces(
@@ -230,14 +246,15 @@ def compiled_pieces(
     """
     size = COMPILED if tensors[0].device.type == "cpu" else ACCELERATOR_BUCKET
     count = tensors[0].numel() // size
-    if not count or not is_plain(*tensors) or not all(t.is_contiguous() for t in tensors):
+    if not count or not alike(*tensors) or len({tensor.device for tensor in tensors}) > 1:
         return tuple(tensors)
-    share = torch.tensor(weight, dtype=torch.float32)
-    flat = [tensor.detach().view(-1) for tensor in tensors]
+    share = torch.tensor(weight, dtype=torch.float64)
+    vectors = [flat(tensor) for tensor in tensors]
     fused = _compile(update)
-    for pieces in zip(*(torch.split(tensor[: count * size], size) for tensor in flat), strict=True):
+    whole = [torch.split(vector[: count * size], size) for vector in vectors]
+    for pieces in zip(*whole, strict=True):
         fused(*pieces, share)
-    return tuple(tensor[count * size :] for tensor in flat)
+    return tuple(vector[count * size :] for vector in vectors)
 
 
 @functools.cache
@@ -255,19 +272,38 @@ def _fused_halves_(value: Tensor, low: Tensor, source: Tensor, weight: Tensor) -
     high, rest = value.view(torch.int16).to(torch.int32), low.to(torch.int32)
     rest = torch.where(high & 0x7FFF == 0, rest.clamp_min(0), rest)
     exact = ((high << 16) + rest).view(torch.float32)
-    exact = torch.lerp(exact, source.float(), weight)
+    exact = torch.lerp(exact, source.float(), weight.float())
     bits = torch.where(exact == exact, exact, math.nan).view(torch.int32)
     rest = (bits << 16) >> 16
     low.copy_(rest)
     value.view(torch.int16).copy_((bits - rest) >> 16)
 
 
-def in_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut contiguous tensors of one size into pieces of one bucket; pass others through."""
-    size = bucket_on(tensors[0].device)
-    if tensors[0].numel() <= size or not all(tensor.is_contiguous() for tensor in tensors):
+def in_pieces(*tensors: Tensor, share: int = 1) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors that lie in memory alike into pieces of one bucket; pass others through.
+
+    Args:
+        tensors: of one size.
+        share: of a bucket, the part that a piece takes: 2 for half of it.
+    """
+    size = bucket_on(tensors[0].device) // share
+    if tensors[0].numel() <= size or not alike(*tensors):
         return iter((tensors,))
-    return zip(*(torch.split(tensor.view(-1), size) for tensor in tensors), strict=True)
+    return zip(*(torch.split(flat(tensor), size) for tensor in tensors), strict=True)
+
+
+def alike(*tensors: Tensor) -> bool:
+    """Whether dense tensors of one shape have their elements in one order, without gaps."""
+    formats = [torch.contiguous_format]
+    formats += {4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(tensors[0].dim(), [])
+    return is_plain(*tensors) and any(
+        all(tensor.is_contiguous(memory_format=one) for tensor in tensors) for one in formats
+    )
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The elements of a tensor without gaps, in the order in which they lie in memory."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def bucket_on(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +50,7 @@ class Plan:
         self._count = len(averages)
         self._compiled = compiled and self._count == 1
         self._direct: list[tuple[list[Tensor], list[Tensor]]] = []
-        self._packed: list[tuple[list[Tensor], Gather]] = []
+        self._packed: list[tuple[list[AsOne], Gather]] = []
         self._cast: list[tuple[list[list[Tensor]], list[Tensor], list[Tensor]]] = []
         self._pieces: list[tuple[list[Tensor], Tensor]] = []
         self._others: list[tuple[list[Tensor], Tensor]] = []
@@ -63,7 +64,7 @@ class Plan:
             rows = [[average[i] for i in indices] for average in averages]
             if way == "packed":
                 for part in side_by_side(rows):
-                    flats = [as_one([row[i] for i in part]) for row in rows]
+                    flats = [AsOne([row[i] for i in part]) for row in rows]
                     gather = Gather([chosen[i] for i in part], dtype, self._scratch)
                     self._packed.append((flats, gather))
             elif way == "direct":
@@ -86,7 +87,7 @@ class Plan:
             return "other"
         if all(is_small(t) for t in (source, *targets)):
             return "packed"
-        dense = source.is_contiguous() and all(t.is_contiguous() for t in targets)
+        dense = kernels.alike(source, *targets)
         large = source.numel() > bucket_on(target.device)
         if source.dtype == target.dtype:
             on_cpu = target.device.type == "cpu"
@@ -110,7 +111,8 @@ class Plan:
         for flats, gather in self._packed:
             source = gather()
             for flat, weight in zip(flats, weights, strict=True):
-                flat.lerp_(source, weight)
+                flat.whole.lerp_(source, weight)
+                flat.count_write()
         for rows, sources, views in self._cast:
             torch._foreach_copy_(views, sources)
             for row, weight in zip(rows, weights, strict=True):
@@ -148,7 +150,7 @@ class HalvesPlan:
     ) -> None:
         self._compiled = compiled
         self._whole: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._packed: list[tuple[Tensor, Tensor, Gather]] = []
+        self._packed: list[tuple[AsOne, AsOne, Gather]] = []
         scratch = Scratch()
         groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = defaultdict(list)
         for i, (value, low, source) in enumerate(zip(values, lows, sources, strict=True)):
@@ -160,28 +162,40 @@ class HalvesPlan:
             rows = [[values[i] for i in indices], [lows[i] for i in indices]]
             for part in side_by_side(rows):
                 gather = Gather([sources[indices[i]] for i in part], torch.float32, scratch)
-                value, low = (as_one([row[i] for i in part]) for row in rows)
-                self._packed.append((value, low, gather))
+                first, second = (AsOne([row[i] for i in part]) for row in rows)
+                self._packed.append((first, second, gather))
 
     def lerp_(self, weight: float) -> None:
         """``average += weight * (source - average)`` for all tensors, in float32."""
         for value, low, source in self._whole:
             kernels.lerp_halves_(value, low, source.detach(), weight, self._compiled)
-        for value, low, gather in self._packed:
-            kernels.lerp_halves_(value, low, gather(), weight)
+        for first, second, gather in self._packed:
+            kernels.lerp_halves_(first.whole, second.whole, gather(), weight)
+            first.count_write()
 
 
 class Scratch:
-    """Memory of one bucket at the most for each device and dtype."""
+    """Memory of one bucket for each device and dtype."""
 
     def __init__(self) -> None:
         self.held: dict[Place, Tensor] = {}
 
-    def __call__(self, device: torch.device, dtype: torch.dtype, numel: int) -> Tensor:
-        """Return a vector whose values are lost at the next call."""
+    def __call__(
+        self, device: torch.device, dtype: torch.dtype, numel: int, most: int | None = None
+    ) -> Tensor:
+        """Return a vector whose values are lost at the next call.
+
+        Args:
+            device: of the vector.
+            dtype: of the vector.
+            numel: its elements.
+            most: the elements of any such vector; None for a bucket. All are made at the first
+                call, since the vectors that are views would keep smaller ones.
+        """
         held = self.held.get((device, dtype))
         if held is None or held.numel() < numel:
-            held = torch.empty(max(numel, PACK), device=device, dtype=dtype)
+            most = bucket_on(device) if most is None else most
+            held = torch.empty(max(numel, most), device=device, dtype=dtype)
             self.held[device, dtype] = held
         return held[:numel]
 
@@ -200,7 +214,8 @@ class Gather:
     def __init__(self, sources: Sequence[Tensor], dtype: torch.dtype, scratch: Scratch) -> None:
         self._views = [source.detach().view(-1) for source in sources]
         device, own = place(sources[0])
-        self._raw = scratch(device, own, sum(view.numel() for view in self._views))
+        count = sum(view.numel() for view in self._views)
+        self._raw = scratch(device, own, count, PACK if own != dtype else None)
         self._cast = None if own == dtype else scratch(device, dtype, self._raw.numel())
 
     def __call__(self) -> Tensor:
@@ -243,14 +258,17 @@ def copies(
             found[i] = torch.empty_like(
                 source.detach(), dtype=dtype, device=kept, requires_grad=False
             )
-    for (kept, dtype), indices in small.items():
+    for (_, dtype), indices in small.items():
         for part in _buckets([sources[i] for i in indices], PACK):
             chosen = [indices[k] for k in part]
             sizes = [sources[i].numel() for i in chosen]
-            flat = torch.empty(sum(sizes), dtype=dtype, device=kept)
-            for i, view in zip(chosen, torch.split(flat, sizes), strict=True):
-                # Through .data, for views would count their versions together.
-                found[i] = view.view(sources[i].shape).data
+            # Each with a storage of its own, so that it is saved, moved and shared as any other.
+            block = bytearray(sum(sizes) * dtype.itemsize)
+            start = 0
+            for i, size in zip(chosen, sizes, strict=True):
+                part_of = torch.frombuffer(block, dtype=dtype, count=size, offset=start)
+                found[i] = part_of.view(sources[i].shape).data
+                start += size * dtype.itemsize
     return [found[i].copy_(source.detach()) for i, source in enumerate(sources)]
 
 
@@ -273,10 +291,19 @@ def side_by_side(rows: Sequence[Sequence[Tensor]]) -> Iterator[list[int]]:
     return _buckets(rows[0], PACK, apart)
 
 
-def as_one(tensors: Sequence[Tensor]) -> Tensor:
-    """Return tensors that lie one after the other in memory as one vector."""
-    total = sum(tensor.numel() for tensor in tensors)
-    return tensors[0].detach().as_strided((total,), (1,))
+class AsOne:
+    """Tensors that lie one after the other in memory, and all of them as one vector."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        # What owns the memory is held here: the vector knows its address alone.
+        self._parts = [tensor.detach() for tensor in tensors]
+        size = sum(part.numel() * part.itemsize for part in self._parts)
+        memory = (ctypes.c_byte * size).from_address(self._parts[0].data_ptr())
+        self.whole = torch.frombuffer(memory, dtype=self._parts[0].dtype)
+
+    def count_write(self) -> None:
+        """Let the parts count a version, as writing to each would have."""
+        torch.autograd.graph.increment_version(self._parts)
 
 
 def _buckets(
@@ -302,6 +329,4 @@ def _buckets(
 
 
 def _follows(first: Tensor, second: Tensor) -> bool:
-    one, other = first.untyped_storage(), second.untyped_storage()
-    end = first.storage_offset() + first.numel()
-    return one.data_ptr() == other.data_ptr() and end == second.storage_offset()
+    return first.data_ptr() + first.numel() * first.itemsize == second.data_ptr()

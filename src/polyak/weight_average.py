@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple, get_args
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from polyak import _applied, _checks, kernels, names, plans
+from polyak import _applied, _checks, kernels, names
 from polyak._applied import Swap
 from polyak._attached import Attached, hooked
 from polyak._average_state import (
@@ -25,13 +24,14 @@ from polyak._average_state import (
     Distance,
     OneAverage,
     changed,
+    copies,
     fitting,
     named,
     read,
 )
 from polyak._binding import Binding
 from polyak._checks import ArgumentError, OnNonfinite, number, whole
-from polyak._taking import Taking, taking
+from polyak._taking import Pending, Taking, taking
 from polyak.schedules import Schedule
 
 __all__ = ["Distance", "WeightAverage"]
@@ -76,7 +76,8 @@ class WeightAverage:
         on_nonfinite: what an update does when averaged tensors hold an infinity or a NaN:
             "propagate" averages them, "skip" advances the clock only and counts the update in
             ``skipped``, "raise" raises. The last two wait for the device.
-        compiled: whether large half-precision weights go through ``torch.compile``: faster,
+        compiled: whether large half-precision weights of a single average go through
+            ``torch.compile``: faster,
             after some seconds at the first update; needs a C++ compiler on a CPU.
 
     Raises:
@@ -161,9 +162,9 @@ class WeightAverage:
         }
         copied = {n: e.tensor for n, e in entries.items() if n not in taken}
         dtypes = {name: source.dtype for name, source in copied.items()}
-        self._copies = _copies(copied, dtypes, kept)
+        self._copies = copies(copied, dtypes, kept)
         self._averages = {
-            key: OneAverage(one, _copies(taken, wanted, kept)) for key, one in schedules.items()
+            key: OneAverage(one, copies(taken, wanted, kept)) for key, one in schedules.items()
         }
         tensors = {**next(iter(self._averages.values())).tensors, **self._copies}
         # The selection, without the model's own tensors, which would be kept alive.
@@ -174,7 +175,7 @@ class WeightAverage:
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self._counters = Counters()
         self._binding = Binding[_Bound]()
-        self._pending: Future[None] | None = None
+        self._pending: Pending | None = None
         self._swap: tuple[OneAverage, Swap] | None = None
 
     @property
@@ -260,7 +261,7 @@ class WeightAverage:
         """Wait for an update that goes on in the background, and raise what it raised."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            pending.wait()
 
     def _take(self, bound: _Bound, clock: float) -> None:
         local = clock - self._start
@@ -471,6 +472,9 @@ class WeightAverage:
                 for key, average in self._averages.items()
             },
             "copies": self._copies,
+            # For readers: other names of the same tensors, and what a model's state leaves out.
+            "ties": {name: entry.ties for name, entry in self._entries.items() if entry.ties},
+            "transient": [n for n, entry in self._entries.items() if not entry.persistent],
         }
 
     @torch.inference_mode(False)
@@ -588,12 +592,3 @@ class WeightAverage:
     def _is_averaged(self, entry: names.Entry) -> bool:
         wanted = entry.kind == "parameter" or self._buffers == "average"
         return wanted and kernels.is_averaged(entry.tensor)
-
-
-def _copies(
-    tensors: Mapping[str, Tensor],
-    dtypes: Mapping[str, torch.dtype],
-    device: torch.device | None,
-) -> dict[str, Tensor]:
-    found = plans.copies(list(tensors.values()), [dtypes[name] for name in tensors], device)
-    return dict(zip(tensors, found, strict=True))
