@@ -57,8 +57,9 @@ class Watch:
         self._lengths = list(map(len, self._full))
         self._dense: list[Tensor] = [t for t in self._tensors if _has_address(t)]
         self._addresses = list(map(Tensor.data_ptr, self._dense))
-        self._shapes = list(map(Tensor.size, self._dense))
-        self._strides = list(map(Tensor.stride, self._dense))
+        # Shapes and strides as far as an update goes wrong without a word, at half the price.
+        self._sizes = list(map(Tensor.numel, self._dense))
+        self._contiguous = list(map(Tensor.is_contiguous, self._dense))
 
     def unchanged(self) -> bool:
         """Whether everything is as it was."""
@@ -69,8 +70,8 @@ class Watch:
             len(tensors) == len(self._tensors)
             and all(map(is_, tensors, self._tensors))
             and list(map(Tensor.data_ptr, self._dense)) == self._addresses
-            and list(map(Tensor.size, self._dense)) == self._shapes
-            and list(map(Tensor.stride, self._dense)) == self._strides
+            and list(map(Tensor.numel, self._dense)) == self._sizes
+            and list(map(Tensor.is_contiguous, self._dense)) == self._contiguous
             and list(map(len, self._full)) == self._lengths
             and list(chain.from_iterable(self._full)) == self._names
             and all(parent.unchanged() for parent in self._parents)
