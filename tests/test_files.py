@@ -859,14 +859,15 @@ def test_a_folder_is_left_as_it_was_after_a_failure(tmp_path: Path) -> None:
 def test_a_folder_appears_when_both_files_are_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    seen: list[bool] = []
     save(
         tmp_path / "ema",
         pretrained(torch.zeros(2), {}),
         progress=lambda count: seen.append((tmp_path / "ema").exists()),
     )
     assert seen and not any(seen) and left(tmp_path) == ["ema"]
-    replace, renamed = os.replace, []
+    replace = os.replace
+    renamed: list[str] = []
 
     def told(source: Any, target: Any) -> None:
         if not renamed:

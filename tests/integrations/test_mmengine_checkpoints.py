@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pytest import MonkeyPatch
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
 from .mmengine_runs import (
@@ -87,29 +86,28 @@ def test_what_is_trusted_is_this_and_no_more() -> None:
     assert {one[0].__module__ for one in own} == {"polyak.integrations.mmengine"}
 
 
-def test_where_others_trust_numpys_own_their_files_are_read() -> None:
+def test_where_others_trust_numpys_own_their_files_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # As accelerate and transformers do. Of two entries of one name torch takes either, by chance
     # for each process: here each in turn.
     array = np.arange(3, dtype=np.uint32)
-    own = [array.__reduce__()[0], np.ndarray, np.dtype]
-    unpickler = torch._weights_only_unpickler
+    own: list[Any] = [array.__reduce__()[0], np.ndarray, np.dtype]
+    unpickler: Any = torch._weights_only_unpickler
+    found = unpickler._get_user_allowed_globals
     for theirs in itertools.product([False, True], repeat=3):
         taken = {
             f"{one.__module__}.{one.__qualname__}": one
             for one, real in zip(own, theirs, strict=True)
             if real
         }
-        found = unpickler._get_user_allowed_globals
 
-        def chosen(found: Any = found, taken: Any = taken) -> dict[str, Any]:
+        def chosen(taken: Any = taken) -> dict[str, Any]:
             ours = {one[1]: one[0] for one in get_safe_globals() if isinstance(one, tuple)}
             return {**found(), **ours, **taken}
 
-        with (
-            torch.serialization.safe_globals([*own, type(array.dtype)]),
-            MonkeyPatch.context() as m,
-        ):
-            m.setattr(unpickler, "_get_user_allowed_globals", chosen)
+        with torch.serialization.safe_globals([*own, type(array.dtype)]):
+            monkeypatch.setattr(unpickler, "_get_user_allowed_globals", chosen)
             assert np.array_equal(loaded({"state": array})["state"], array), theirs
 
 
@@ -138,7 +136,7 @@ def loaded(value: Any) -> Any:
 )
 def test_numbers_of_numpy_come_back(value: Any) -> None:
     back = loaded({"value": value})["value"]
-    assert isinstance(back, type(value)) and back.dtype == value.dtype
+    assert isinstance(back, type(value)) and back.dtype == value.dtype.newbyteorder("=")
     assert np.array_equal(back, value)
     again = pickle.loads(pickle.dumps({"value": back}))["value"]
     assert type(again) is type(value) and np.array_equal(again, value)

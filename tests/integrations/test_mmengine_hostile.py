@@ -30,7 +30,8 @@ def dtype(kind, *state):
 def array(shape, kind, data, version=1):
     return Made(rebuild, (np.ndarray, (0,), b"b"), (version, shape, kind, False, data))
 def f8(**changes):
-    state = dict(version=3, order="<", part=None, names=None, fields=None, size=-1, align=-1, flags=0)
+    state = dict(version=3, order="<", part=None, names=None, fields=None)
+    state |= dict(size=-1, align=-1, flags=0)
     return dtype("f8", tuple({**state, **changes}.values()))
 objects = f8(part=(dtype("O"), (1,)), size=8, align=8)
 plain = f8()
@@ -85,8 +86,8 @@ for name, value in FILES.items():
         harmless = name == "array never filled" and back.size == 0
         print(name, "::", "refused" if harmless else "read: " + seen, flush=True)
     except Exception as error:
-        told = "refused" if type(error).__name__ in ("UnpicklingError", "TypeError") else repr(error)
-        print(name, "::", told, flush=True)
+        known = type(error).__name__ in ("UnpicklingError", "TypeError")
+        print(name, "::", "refused" if known else repr(error), flush=True)
 assert HistoryBuffer._statistics_methods == before
 print(len(FILES), "in all")
 
