@@ -626,6 +626,8 @@ def test_an_index_with_other_classes_is_refused_and_not_run(tmp_path: Path) -> N
         ({"relative_path": "../x.distcp"}, "not inside its folder"),
         ({"relative_path": "/etc/passwd"}, "not inside its folder"),
         ({"relative_path": "none.distcp"}, "no such file"),
+        ({"relative_path": "a\0b"}, "no file can be called"),
+        ({"relative_path": "a\ud800b"}, "no file can be called"),
         ({"length": 10**9}, "cut short"),
         ({"offset": -5}, "damaged"),
         ({"transform_descriptors": ["stream.zstd/1"]}, "transformed by"),
@@ -651,6 +653,61 @@ def test_a_tensor_with_a_missing_part_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(FileError, match=r"parts of 'w' do not make up its shape \(4, 3\)"):
         load(tmp_path)
+
+
+Parts = list[tuple[tuple[Any, ...], tuple[Any, ...]]]
+
+
+def dcp_of_parts(folder: Path, shape: tuple[Any, ...], parts: Parts) -> Path:
+    """Write a folder whose index says that a tensor has these parts, all of the same numbers."""
+    save_distributed({"w": torch.arange(4.0).reshape(2, 2)}, folder)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    ((key, place),) = metadata.storage_data.items()
+    one = metadata.state_dict_metadata["w"]
+    one.size = shape
+    kind, one.chunks = type(one.chunks[0]), []
+    for offsets, sizes in parts:
+        one.chunks.append(kind(offsets=offsets, sizes=sizes))
+        metadata.storage_data[type(key)(fqn="w", offset=offsets, index=None)] = place
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [
+        ((4, 2), [((0, 0), (2, 2)), ((0, 0), (2, 2))]),
+        ((4, 2), [((0, 0), (2, 2)), ((1, 0), (2, 2))]),
+        ((4, 2), [((0, 0), (2, 2)), ((3, 0), (2, 2))]),
+        ((4, 4), [((0, 0), (2, 2)), ((2, 2), (2, 2)), ((0, 2), (2, 2)), ((1, 1), (2, 2))]),
+        ((2, 2), [((1, 0), (2, 2))]),
+        ((2, 2), [((-1, 0), (2, 2))]),
+        ((2, 2), [((0,), (2, 2))]),
+        ((2, 2), [((0, 0), (-2, -2))]),
+        ((2, 2), [((0, 0), (2.0, 2))]),
+        ((-2, -2), [((0, 0), (2, 2))]),
+        ((2.0, 2), [((0, 0), (2, 2))]),
+        ((2**62, 4), [((0, 0), (2**62, 4))]),
+        ((2**62, 2**62, 0), [((0, 0, 0), (2**62, 2**62, 0))]),
+        ((2**59,), [((0,), (2**59,))]),
+        ((2**58, 2), [((0, 0), (2**58, 1)), ((0, 1), (2**58, 1))]),
+    ],
+    ids=str,
+)
+def test_parts_that_do_not_tile_a_tensor_are_refused(
+    tmp_path: Path, shape: tuple[Any, ...], parts: Parts
+) -> None:
+    dcp_of_parts(tmp_path, shape, parts)
+    with pytest.raises(FileError):
+        load(tmp_path)
+    with pytest.raises(FileError):
+        open_checkpoint(tmp_path).tensors["w"].read()
+
+
+def test_parts_that_tile_a_tensor_in_any_order_are_put_together(tmp_path: Path) -> None:
+    corners = [(2, 2), (0, 0), (2, 0), (0, 2)]
+    dcp_of_parts(tmp_path, (4, 4), [(at, (2, 2)) for at in corners])
+    assert_equal(load(tmp_path), {"w": torch.arange(4.0).reshape(2, 2).repeat(2, 2)})
 
 
 def test_damaged_distributed_checkpoints_are_an_error_of_the_file_or_none(tmp_path: Path) -> None:
@@ -769,6 +826,60 @@ def test_a_full_disk_is_told_and_nothing_is_left(tmp_path: Path, name: str) -> N
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert str(tmp_path / name) in str(caught.value) and left(tmp_path) == []
+
+
+def pretrained(weight: Tensor, config: Any) -> dict[str, Any]:
+    return {"config.json": config, "diffusion_pytorch_model.safetensors": {"w": weight}}
+
+
+@pytest.mark.usefixtures("either_way")
+def test_a_folder_is_left_as_it_was_after_a_failure(tmp_path: Path) -> None:
+    good, folder = pretrained(torch.zeros(2), {"decay": 0.5}), tmp_path / "ema"
+    bad_weights = pretrained(torch.ones(1, dtype=torch.complex128), {})
+    for bad in (bad_weights, pretrained(torch.ones(1), {"decay": torch})):
+        with pytest.raises(FileError, match=str(folder)):
+            save(folder, bad)
+        assert left(tmp_path) == []
+        # One's own folder, empty: still there.
+        folder.mkdir()
+        with pytest.raises(FileError, match=str(folder)):
+            save(folder, bad)
+        assert left(tmp_path) == ["ema"] and left(folder) == []
+        save(folder, good)
+        (folder / "notes.txt").write_text("mine")
+        with pytest.raises(FileError):
+            save(folder, bad)
+        assert (folder / "notes.txt").read_text() == "mine" and len(left(folder)) == 3
+        assert json.loads((folder / "config.json").read_text()) == {"decay": 0.5}
+        assert_equal(load(folder), {"w": torch.zeros(2)})
+        shutil.rmtree(folder)
+
+
+@pytest.mark.usefixtures("either_way")
+def test_a_folder_appears_when_both_files_are_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    save(
+        tmp_path / "ema",
+        pretrained(torch.zeros(2), {}),
+        progress=lambda count: seen.append((tmp_path / "ema").exists()),
+    )
+    assert seen and not any(seen) and left(tmp_path) == ["ema"]
+    replace = os.replace
+    renamed: list[str] = []
+
+    def told(source: Any, target: Any) -> None:
+        if not renamed:
+            # All is written by now, even the file that takes its name last.
+            assert load_file(source)["w"].tolist() == [1.0, 1.0]
+        renamed.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", told)
+    save(tmp_path / "ema", pretrained(torch.ones(2), {"n": 1}))
+    assert renamed == ["diffusion_pytorch_model.safetensors", "config.json"]
+    assert left(tmp_path / "ema") == sorted(renamed)
 
 
 KILLED = """

@@ -107,6 +107,15 @@ def inside(folder: Path, name: object, index: Path) -> Path:
             f"{index}: names the file {name!r}, which is not inside its folder; "
             "get the checkpoint from a source that you trust"
         )
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeError:
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise FileError(
+            f"{index}: names the file {name!r}, which no file can be called; "
+            "copy the index or save it again"
+        )
     return folder / name
 
 
@@ -209,14 +218,30 @@ class _Chunk(NamedTuple):
 def _tensor(
     folder: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...], chunks: list[_Chunk]
 ) -> LazyTensor:
-    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
+    if not isinstance(dtype, torch.dtype) or not _are_lengths(shape, len(shape)):
+        raise FileError(
+            f"{folder / INDEX}: says that {name!r} has the shape {shape} and the dtype {dtype}; "
+            "copy the folder or save it again"
+        )
+    if math.prod(length or 1 for length in shape) * dtype.itemsize > _MOST_BYTES:
+        raise FileError(
+            f"{folder / INDEX}: says that {name!r} has the shape {shape}, which no memory holds; "
+            "copy the folder or save it again"
+        )
+    if not _make_up(shape, chunks):
         raise FileError(
             f"{folder}: the parts of {name!r} do not make up its shape {shape}; "
             "copy the folder with all its files or save it again"
         )
 
     def read() -> Tensor:
-        complete = torch.empty(shape, dtype=dtype)  # Takes no memory until it is written to.
+        try:
+            complete = torch.empty(shape, dtype=dtype)  # Takes no memory until it is written to.
+        except RuntimeError as error:
+            raise FileError(
+                f"{folder}: there is no memory for {name!r} with its shape {shape}; "
+                "read it where there is more"
+            ) from error
         for offsets, sizes, stored in chunks:
             part = stored.load()
             if not isinstance(part, Tensor) or part.shape != sizes or part.dtype != dtype:
@@ -233,6 +258,47 @@ def _tensor(
         return complete
 
     return LazyTensor(shape, dtype, read)
+
+
+# What torch can count.
+_MOST_BYTES = 2**63 - 1
+
+
+def _are_lengths(values: tuple[int, ...], count: int) -> bool:
+    return len(values) == count and all(type(one) is int and one >= 0 for one in values)
+
+
+def _make_up(shape: tuple[int, ...], chunks: list[_Chunk]) -> bool:
+    """Whether every value of this shape stands in one chunk, and in one only."""
+    for offsets, sizes, _ in chunks:
+        if not _are_lengths(offsets, len(shape)) or not _are_lengths(sizes, len(shape)):
+            return False
+        if any(o + s > length for o, s, length in zip(offsets, sizes, shape, strict=True)):
+            return False
+    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
+        return False
+    # As many values as there are places: some place is empty only where two chunks overlap. Those
+    # that can are near each other on the axis that is cut most.
+    solid = [chunk for chunk in chunks if math.prod(chunk.sizes)]
+    if len(solid) < 2:
+        return True
+    axis = max(range(len(shape)), key=lambda axis: len({chunk.offsets[axis] for chunk in solid}))
+    near: list[_Chunk] = []
+    for chunk in sorted(solid, key=lambda chunk: chunk.offsets[axis]):
+        near = [one for one in near if one.offsets[axis] + one.sizes[axis] > chunk.offsets[axis]]
+        if any(_overlap(one, chunk) for one in near):
+            return False
+        near.append(chunk)
+    return True
+
+
+def _overlap(one: _Chunk, other: _Chunk) -> bool:
+    return all(
+        a < b + b_size and b < a + a_size
+        for a, a_size, b, b_size in zip(
+            one.offsets, one.sizes, other.offsets, other.sizes, strict=True
+        )
+    )
 
 
 def _with_lists(value: Any) -> Any:

@@ -6,8 +6,11 @@ import os
 import pickle
 import pickletools
 import re
+import threading
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import torch
@@ -66,6 +69,27 @@ def _stand_in(full: str) -> Any:
 
 
 _STAND_INS = [_stand_in(full) for full in _PASSED_OVER]
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def _stand_ins_alone() -> Iterator[None]:
+    """Let torch read the stand-ins, and for that while nothing that the program trusts elsewhere.
+
+    Which of two entries of one name torch takes is chance.
+    """
+    trust = torch.serialization
+    with _LOCK:
+        before = trust.get_safe_globals()
+        trust.clear_safe_globals()
+        trust.add_safe_globals(_STAND_INS)
+        try:
+            yield
+        finally:
+            # What another thread has added meanwhile stays.
+            added = [one for one in trust.get_safe_globals() if one not in _STAND_INS]
+            trust.clear_safe_globals()
+            trust.add_safe_globals([*before, *added])
 
 
 def load_torch(path: str) -> Any:
@@ -90,7 +114,7 @@ def unpickle(path: str, file: str | IO[bytes], *, mmap: bool = False) -> Any:
         OSError: what the operating system refuses.
     """
     try:
-        with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
+        with _stand_ins_alone(), warnings.catch_warnings():
             # That a pickle has another protocol than torch's own is no matter to the reader.
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)

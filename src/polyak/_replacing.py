@@ -1,9 +1,10 @@
-"""Files that appear in one piece, or not at all."""
+"""Files and folders that appear in one piece, or not at all."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,6 +58,38 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Bina
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+    _sync(target.parent)
+
+
+@contextmanager
+def filling(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a folder that takes its name when the block ends without an error.
+
+    After an error nothing new is left; a kill can leave a folder ``.polyak-*.tmp`` beside it. A
+    folder that exists is given as it is, and never removed.
+
+    Args:
+        folder: the folder; where it is a link, the one that it leads to.
+
+    Yields:
+        The folder to write files into.
+
+    Raises:
+        OSError: what the operating system refuses.
+    """
+    target = Path(os.path.realpath(folder))
+    if target.exists():
+        yield target
+        return
+    temporary = target.with_name(f".polyak-{secrets.token_hex(8)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        # Replaces no file, and no folder but an empty one.
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     _sync(target.parent)
 
 

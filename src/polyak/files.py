@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -21,7 +20,7 @@ from polyak._distributed_checkpoint import LazyTensor as LazyTensor
 from polyak._file_errors import FileError as FileError
 from polyak._file_errors import os_errors, reason
 from polyak._pickled import Unread
-from polyak._replacing import replacing
+from polyak._replacing import filling, replacing
 from polyak._safetensors import SCALARS, write_safetensors
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -148,6 +147,10 @@ def save(
 ) -> None:
     """Write a checkpoint that appears in one piece, or not at all.
 
+    The one exception: of a folder that is there already, two files are replaced, one right after
+    the other when both are complete. A kill between the two leaves the new weights beside the old
+    ``config.json``, or alone.
+
     Args:
         path: the file. What its name ends in says its kind: ``.safetensors`` holds tensors by
             name, and other values as JSON in its metadata; ``.pt``, ``.pth``, ``.ckpt`` and
@@ -185,24 +188,33 @@ def save(
 def _save_folder(
     folder: Path, state: Mapping[str, Any], overwrite: bool, told: Callable[[int], None]
 ) -> None:
-    """Write the two files of diffusers.
+    """Write the two files of diffusers; both are complete before either takes its name.
 
-    That of the weights comes first: without the other, no reader takes the folder for an average.
+    That of the weights takes its name first: without the other, no reader takes the folder for an
+    average.
     """
-    config = folder / _CONFIG
-    with os_errors(config, "write"):
+    weights, config = folder / _PRETRAINED, folder / _CONFIG
+    text = _json_text(config, state[_CONFIG])
+    with os_errors(config, "write"), filling(folder) as place:
         if config.exists() and not overwrite:
             raise FileExistsError
-        folder.mkdir(exist_ok=True)
-        try:
-            save(folder / _PRETRAINED, state[_PRETRAINED], overwrite=overwrite, progress=told)
-            text = json.dumps(state[_CONFIG], indent=2, sort_keys=True) + "\n"
-            with replacing(config, overwrite=overwrite) as file:
-                file.write(text.encode())
-        except BaseException:
-            with suppress(OSError):
-                folder.rmdir()
-            raise
+        with replacing(place / _CONFIG, overwrite=overwrite) as second:
+            second.write(text)
+            second.flush()
+            with (
+                os_errors(weights, "write"),
+                replacing(place / _PRETRAINED, overwrite=overwrite) as first,
+            ):
+                write_safetensors(weights, first, state[_PRETRAINED], told)
+
+
+def _json_text(path: Path, value: Any) -> bytes:
+    try:
+        return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise FileError(
+            f"{path}: holds what JSON cannot ({reason(error)}); leave it out"
+        ) from error
 
 
 def _write_torch(

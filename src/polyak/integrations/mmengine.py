@@ -16,6 +16,7 @@ A config needs one line for that:
 from __future__ import annotations
 
 import logging
+import math
 from functools import wraps
 from pickle import UnpicklingError
 from typing import Any
@@ -207,13 +208,156 @@ def register(registry: Registry = MODELS) -> None:
         registry.register_module(module=cls, force=True)
 
 
+# What files hold of numpy is built by what follows and never by numpy's own functions, which do as
+# the file says: make objects of addresses that it chose, show memory that nothing has written to,
+# take flags that are neither 0 nor 1.
+_NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+_METHODS = ("current", "max", "mean", "min")
+
+
+def _refused(what: str) -> UnpicklingError:
+    return UnpicklingError(
+        f"the checkpoint holds {what}. Of numpy and mmengine, only arrays and scalars of plain "
+        "numbers and the history of what was logged are read from files."
+    )
+
+
+def _trusted_by_others(one: object) -> bool:
+    """Whether another part of the program lets files use this function of numpy as it is.
+
+    Accelerate and transformers do while they read the states of random generators. Which of two
+    entries of one name torch takes is chance; numpy's functions do not take what ours make.
+    """
+    return any(
+        (entry[0] if isinstance(entry, tuple) else entry) is one
+        for entry in torch.serialization.get_safe_globals()
+    )
+
+
+class _Kind:
+    """In place of ``numpy.dtype``: a kind of plain numbers, of which a file sets the byte order."""
+
+    dtype: np.dtype[Any]
+
+    def __new__(cls, kind: object, align: object = False, copy: object = True) -> Any:
+        if type(kind) is not str or kind not in _NUMBERS:
+            raise _refused(f"data of the numpy dtype {kind!r}")
+        dtype = np.dtype(kind)
+        if _trusted_by_others(np.dtype) and _trusted_by_others(type(dtype)):
+            return np.dtype(kind, False, True)  # A copy, as the file then sets its state.
+        made = object.__new__(cls)
+        made.dtype = dtype
+        return made
+
+    def __setstate__(self, state: object) -> None:
+        plain = isinstance(state, tuple) and state[:1] == (3,) and state[2:] == _PLAIN
+        if not plain or state[1] not in ("<", ">", "|", "="):  # type: ignore[index]
+            raise _refused(f"a numpy dtype with the state {state!r}")
+        self.dtype = self.dtype.newbyteorder(state[1])  # type: ignore[index]
+
+
+# No sub-array, names or fields; size and alignment as the kind has them; no flags.
+_PLAIN = (None, None, None, -1, -1, 0)
+
+
+def _numbers(kind: object, data: object) -> np.ndarray[Any, Any]:
+    """Return the numbers that these bytes are, in one row."""
+    dtype = kind.dtype if isinstance(kind, _Kind) else kind
+    if not isinstance(dtype, np.dtype) or dtype.str[1:] not in _NUMBERS or dtype.subdtype:
+        raise _refused(f"data of the numpy dtype {kind!r}")
+    # A dtype that is not ours may be plain by its name only.
+    dtype = np.dtype(dtype.str)
+    if type(data) is not bytes or len(data) % dtype.itemsize:
+        raise _refused(f"data of the numpy dtype {dtype} that is cut short or no bytes")
+    if dtype == np.bool_:
+        # numpy counts on flags being 0 or 1 where it works out how much memory it needs.
+        return np.not_equal(np.frombuffer(data, np.uint8), 0)
+    return np.frombuffer(data, dtype).copy()
+
+
+class _Array(np.ndarray):
+    """In place of ``numpy.ndarray``: an array of numbers, which a file fills once.
+
+    Torch fills an object in its place, so it cannot be an ``ndarray``, whose own ``__setstate__``
+    frees memory that others may hold. It is saved as an ``ndarray``.
+    """
+
+    _filled = False
+
+    def __new__(cls, *args: object) -> _Array:
+        if args:
+            raise _refused("a call of numpy.ndarray, whose memory would hold anything")
+        return super().__new__(cls, (0,))
+
+    def __setstate__(self, state: object) -> None:
+        if self._filled or not isinstance(state, tuple) or len(state) != 5 or state[0] != 1:
+            raise _refused("an array of numpy with a state of another form")
+        _, shape, kind, in_fortran_order, data = state
+        row = _numbers(kind, data)
+        if (
+            not isinstance(shape, tuple)
+            or not all(type(length) is int and length >= 0 for length in shape)
+            or math.prod(shape) != row.size
+            # Beside an axis of length 0, others could be longer than numpy can count.
+            or (not row.size and shape != (0,))
+        ):
+            raise _refused(f"an array of {row.size} numbers with the shape {shape!r}")
+        self._filled = True
+        super().__setstate__((1, shape, row.dtype, bool(in_fortran_order), row.tobytes()))  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.view(np.ndarray).__reduce_ex__(protocol)
+
+
+def _array(cls: object, shape: object, kind: object) -> Any:
+    """In place of numpy's ``_reconstruct``: an empty array, to be filled."""
+    if cls is np.ndarray and _trusted_by_others(cls):
+        return np.ndarray((0,))
+    if cls is not _Array:
+        raise _refused(f"an array of the class {cls!r}")
+    return _Array()
+
+
+def _scalar(kind: object, data: object) -> np.generic:
+    """In place of numpy's ``scalar``."""
+    row = _numbers(kind, data)
+    if row.size != 1:
+        raise _refused(f"{row.size} numbers in place of one")
+    number: np.generic = row[0]
+    return number
+
+
+class _HistoryBuffer(HistoryBuffer):  # type: ignore[misc]
+    """In place of mmengine's, which it becomes when a file has filled it."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        wanted = {"max_length", "_log_history", "_count_history"}
+        if not isinstance(state, dict) or state.keys() - {"statistics_methods"} != wanted:
+            raise _refused("a HistoryBuffer with a state of another form")
+        parts = [state["_log_history"], state["_count_history"]]
+        if not all(isinstance(part, np.ndarray) and part.ndim == 1 for part in parts):
+            raise _refused("a HistoryBuffer whose parts are no rows of numbers")
+        length, methods = state["max_length"], state.get("statistics_methods", {})
+        if len(parts[0]) != len(parts[1]) or type(length) is not int or length < 1:
+            raise _refused("a HistoryBuffer whose lengths do not fit together")
+        own = {name: getattr(HistoryBuffer, name) for name in _METHODS}
+        if not isinstance(methods, dict) or not methods.items() <= own.items():
+            raise _refused("a HistoryBuffer with methods that are not its own")
+        log, counts = (np.array(part) for part in parts)
+        super().__setstate__({"max_length": length, "_log_history": log, "_count_history": counts})
+        self.__class__ = HistoryBuffer
+
+
 def _history_method(owner: object, name: object) -> object:
     """The one use of ``getattr`` that mmengine's checkpoints make.
 
     A `HistoryBuffer` is saved with its methods, as ``getattr(HistoryBuffer, "mean")``. Python's
     own ``getattr`` would open every door to a malicious file.
     """
-    if owner is HistoryBuffer and name in ("current", "max", "mean", "min"):
+    if owner in (_HistoryBuffer, HistoryBuffer) and name in _METHODS:
         return getattr(HistoryBuffer, str(name))
     raise UnpicklingError(
         f"the checkpoint asks for the attribute {name!r} of {owner!r}. Of attributes, only the "
@@ -226,21 +370,21 @@ def _trust_checkpoints() -> None:
 
     That is, beside tensors and plain containers, the message hub: a `HistoryBuffer` of two numpy
     arrays for each scalar that is logged, and numbers of numpy, such as the best score and the
-    time left. No more: of numpy's dtypes only those of numbers, so no objects or structures; and
-    nothing that a file could call but what builds these, and the function above for ``getattr``.
+    time left. No more: of numpy's dtypes only those of plain numbers, so no objects or structures;
+    and a file calls nothing of numpy's, of mmengine's or of Python's own, only what stands above.
     """
-    kinds = "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]
-    constructors = [value.__reduce__()[0] for value in (np.empty(0), np.float64(0))]
     trusted: list[Any] = [
-        HistoryBuffer,
         (_history_method, "builtins.getattr"),
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(kind)) for kind in kinds},
+        (_HistoryBuffer, f"{HistoryBuffer.__module__}.{HistoryBuffer.__qualname__}"),
+        (_Kind, "numpy.dtype"),
+        (_Array, "numpy.ndarray"),
     ]
     for core in ("numpy.core", "numpy._core"):
         # The names of numpy 1 and numpy 2: either reads the other's files.
-        trusted += [(one, f"{core}.multiarray.{one.__name__}") for one in constructors]  # type: ignore[union-attr]
+        trusted += [
+            (_array, f"{core}.multiarray._reconstruct"),
+            (_scalar, f"{core}.multiarray.scalar"),
+        ]
     torch.serialization.add_safe_globals(trusted)
 
 
