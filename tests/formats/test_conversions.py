@@ -177,7 +177,7 @@ KEYS: dict[str, Any] = {
         "averaging_state": {"n_averaged": "int64[]"},
         "callbacks": {},
         "epoch": 0,
-        "global_step": 0,
+        "global_step": 5,
         "pytorch-lightning_version": "2.6.0",
         "optimizer_states": [],
         "lr_schedulers": [],

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import polyak
 from formats.common import names_of, train
-from formats.libraries import diffusers, ema_pytorch, mmengine, torch_ema
+from formats.libraries import diffusers, ema_pytorch, mmengine, timm, torch_ema
 from polyak.formats import FormatError, read, write
 
 NAMES = ["weight", "bias"]
@@ -122,13 +122,17 @@ def test_a_uniform_average_in_mmengine(every: int, start: int, steps: int) -> No
     ]
     for average in averages:
         average.load_state_dict(write(contents, "mmengine", **settings))
-    # Through one whole interval, so that the phase counts too.
+    # Through one whole interval, so that the phase counts too. A clock weighs samples of a stride
+    # by its length, the first by 1: the shares are those of the samples.
     for _ in range(every if ours.samples else 0):
+        samples = ours.samples
         move(model)
         ours.update(model)
         for average in averages:
+            before = average.module.weight.detach().clone()
             average.update_parameters(model)
-            equal(average.module.weight, ours.tensors()["weight"])
+            share = 1 / (samples + 1) if ours.samples > samples else 0
+            equal(average.module.weight, before.lerp(model.weight, share))
     if not ours.samples:
         averages[0].update_parameters(model)
         equal(averages[0].module.weight, model.weight)
@@ -150,6 +154,29 @@ def test_each_tenth_update_as_each_one() -> None:
     for average in averages:
         average.update_parameters(model)
         equal(average.module.weight, before.lerp(model.weight, 1 / 11))
+
+
+@pytest.mark.parametrize("warm_up", [False, True])
+@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize("first", [None, 0, 1])
+def test_where_timm_begins(first: int | None, after: int, warm_up: bool) -> None:
+    """As docs/migrate/timm.md says."""
+    model = nn.Linear(2, 2)
+    theirs = timm("model_ema").ModelEmaV3(
+        model, decay=0.9, use_warmup=warm_up, update_after_step=after
+    )
+    schedule: polyak.schedules.Schedule = polyak.Exponential(decay=0.9)
+    if warm_up and first is not None:
+        schedule = polyak.InverseGamma(inv_gamma=1.0, power=2 / 3, max_decay=0.9)
+    start = 0 if first is None else after + 1 - first
+    ours = polyak.WeightAverage(model, schedule, start=start)
+    if first is None:
+        ours.update(model)
+    for index in range(9):
+        move(model)
+        theirs.update(model, step=None if first is None else first + index)
+        ours.update(model)
+    equal(theirs.module.weight, ours.tensors()["weight"])
 
 
 @pytest.mark.parametrize("after", [0, 7, 25])

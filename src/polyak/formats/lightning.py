@@ -136,7 +136,8 @@ def _write(request: Request) -> dict[str, Any]:
         # Without callbacks Lightning calls none of them, and trains on from the average.
         "callbacks": {},
         "epoch": 0,
-        "global_step": 0,
+        # The clock that our own callback goes on from; Lightning takes its own from the loops.
+        "global_step": averaged,
         _VERSION: _version(request),
         "optimizer_states": [],
         "lr_schedulers": [],
