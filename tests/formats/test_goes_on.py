@@ -115,8 +115,8 @@ def test_a_uniform_average_in_mmengine(every: int, start: int, steps: int) -> No
     ours = polyak.WeightAverage(model, polyak.Uniform(), every=every, start=start)
     run(model, lambda: ours.update(model), steps)
     contents = read(ours.state_dict())
-    settings = {"interval": every} if every > 1 else {}
-    averages = [
+    settings: dict[str, Any] = {"interval": every} if every > 1 else {}
+    averages: list[Any] = [
         polyak.StochasticWeightAverage(model, interval=every),
         mmengine().StochasticWeightAverage(model, interval=every),
     ]
@@ -146,7 +146,7 @@ def test_each_tenth_update_as_each_one() -> None:
     for layout, setting in (("mmengine", "interval"), ("ema-pytorch", "update_every")):
         with pytest.raises(FormatError, match=rf"{layout} needs {setting}=: of 95 updates"):
             write(contents, layout)
-    averages = [polyak.StochasticWeightAverage(model), AveragedModel(model)]
+    averages: list[Any] = [polyak.StochasticWeightAverage(model), AveragedModel(model)]
     averages[0].load_state_dict(write(contents, "mmengine", interval=1))
     averages[1].load_state_dict(write(contents, "torch"))
     before = ours.tensors()["weight"].clone()
@@ -189,7 +189,7 @@ def test_a_start_in_ema_pytorch(after: int, steps: int) -> None:
     other = ema_pytorch().EMA(
         model, update_after_step=after, update_every=1, include_online_model=False
     )
-    settings = {"update_after_step": after} if after else {}
+    settings: dict[str, Any] = {"update_after_step": after} if after else {}
     other.load_state_dict(write(read(ours.state_dict()), "ema-pytorch", **settings))
     move(model)
     ours.update(model)
