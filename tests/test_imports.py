@@ -57,7 +57,6 @@ FLOORS = (
     "formats.diffusers",
     "formats.edm2",
     "formats.ema_pytorch",
-    "formats.lightning",
     "formats.mmengine",
     "formats.mmagic",
     "formats.nemo",
@@ -66,6 +65,7 @@ FLOORS = (
     "formats.timm",
     "formats.torch_ema",
     "formats.weight_average",
+    "formats.lightning",
     "formats._registry",
     "formats",
     # Floor 3: nobody imports these.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import hypothesis
@@ -174,6 +175,12 @@ KEYS: dict[str, Any] = {
         "state_dict": {"w": "float32[2]"},
         "current_model_state": {"w": "float32[2]"},
         "averaging_state": {"n_averaged": "int64[]"},
+        "callbacks": {},
+        "epoch": 0,
+        "global_step": 5,
+        "pytorch-lightning_version": "2.6.0",
+        "optimizer_states": [],
+        "lr_schedulers": [],
     },
     "plain": {"w": "float32[2]"},
 }
@@ -230,6 +237,54 @@ def test_raw_weights_have_to_match(layout: str) -> None:
 def test_counts_are_checked(bad: object, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         write(Contents({"": {"w": torch.ones(1)}}), "torch", n_averaged=bad)
+
+
+BAD_SETTINGS: list[tuple[str, str, object]] = [
+    ("torch-ema", "decay", "abc"),
+    ("torch-ema", "decay", 2.0),
+    ("torch-ema", "decay", float("nan")),
+    ("diffusers", "power", "x"),
+    ("diffusers", "power", 0),
+    ("diffusers", "inv_gamma", -1.0),
+    ("diffusers", "min_decay", True),
+    ("diffusers", "use_ema_warmup", 1),
+    ("diffusers", "update_after_step", 1.5),
+    ("diffusers-pretrained", "config", 5),
+    ("lightning", "callback", 5),
+    ("lightning", "lightning_version", "new"),
+    ("mmengine", "interval", 0),
+    ("ema-pytorch", "update_every", 0),
+    ("ema-pytorch", "update_after_step", "x"),
+    ("timm-checkpoint", "epoch", "x"),
+    ("timm-checkpoint", "arch", 5),
+    ("timm-checkpoint", "version", -1),
+    ("timm-checkpoint", "metric", "x"),
+    ("mmengine-checkpoint", "raw", "abc"),
+    ("plain", "buffers", 5),
+    ("torch-ema", "names", [5]),
+]
+
+
+@pytest.mark.parametrize(("layout", "setting", "value"), BAD_SETTINGS)
+def test_settings_are_checked_by_name(layout: str, setting: str, value: object) -> None:
+    counted = {"interval": "steps", "update_every": "step"}.get(setting)
+    settings = {"names": ["w"], "latest_update_step": 1, **SETTINGS[layout], setting: value}
+    settings = {k: v for k, v in settings.items() if layout == "lightning" or k[0] != "l"}
+    contents = Contents({"": {"w": torch.ones(2)}}, {"w": torch.zeros(2)})
+    if setting == "update_after_step" and layout == "ema-pytorch":
+        counted = "step"
+    if counted:
+        contents = replace(contents, counters={"steps": 5, "samples": 5})
+        del settings[counted]
+    with pytest.raises(FormatError, match=rf"{setting}\b.* (must|should) be"):
+        write(contents, layout, **settings)
+    if setting not in ("raw", "buffers", "names") and counted is None:
+        # What stands in a checkpoint is no better.
+        kept = replace(contents, settings={setting: value})
+        rest = {key: one for key, one in settings.items() if key != setting}
+        if setting != "lightning_version":
+            with pytest.raises(FormatError, match=rf"{setting}\b.* (must|should) be"):
+                write(kept, layout, **rest)
 
 
 @pytest.mark.parametrize(

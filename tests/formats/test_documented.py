@@ -197,7 +197,52 @@ def test_weight_average(build: type[nn.Module], tmp_path: Path) -> None:
     assert contents.counters["clock"] == 5
     assert contents.settings["every"] == 2
     assert int(write(contents, "torch")["n_averaged"]) == 2
-    assert int(write(contents, "mmengine")["steps"]) == 5
+    # Copied at the third call, averaged at the fifth.
+    assert int(write(contents, "mmengine", interval=2)["steps"]) == 3
+    assert int(write(contents, "mmengine", interval=1)["steps"]) == 2
+    with pytest.raises(
+        FormatError, match=r"needs interval=: of 5 updates each 2th was averaged, 2"
+    ):
+        write(contents, "mmengine")
+
+
+class Transient(Tied):
+    """Tied weights, and a buffer that is not in the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.ones(1), persistent=False)
+
+
+def test_a_weight_average_of_tied_weights_loads_strictly() -> None:
+    model = Transient()
+    average = polyak.WeightAverage(model, polyak.Uniform())
+    train(model, average.update, 2)
+    state = average.state_dict()
+    names = model.state_dict().keys()
+    first = dict(model.named_parameters())
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    others = [name for name in by_name if name not in first]
+    ties = {
+        name: [other for other in others if by_name[other] is value]
+        for name, value in first.items()
+        if any(by_name[other] is value for other in others)
+    }
+    assert others and ties
+    contents = read({**state, "ties": ties, "transient": ["seen"]})
+    written = write(contents, "plain")
+    Transient().load_state_dict(written, strict=True)
+    assert written.keys() == names
+    for name, tied in ties.items():
+        assert all(written[other] is written[name] for other in tied)
+    assert any("not persistent were left out: 'seen'" in note for note in contents.notes)
+    # Older states have neither, and say so.
+    older = read({k: v for k, v in state.items() if k not in ("ties", "transient")})
+    assert "seen" in older.averages[""] and not set(others) & older.averages[""].keys()
+    assert any("A tied tensor stands once" in note for note in older.notes)
+    for key, value in (("ties", {"a": "b"}), ("ties", 5), ("transient", "seen")):
+        with pytest.raises(FormatError, match=rf"weight-average: .*(ties|{key})"):
+            read({**state, key: value})
 
 
 def test_a_weight_average_with_several_schedules() -> None:

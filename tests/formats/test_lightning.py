@@ -16,6 +16,7 @@ import polyak
 from formats.common import read_as, same
 from models import Plain
 from polyak.formats import FormatError, detect, read, write
+from polyak.integrations.lightning import WeightAverageCallback
 
 BATCHES = 3
 
@@ -41,10 +42,38 @@ def module() -> Any:
         def training_step(self, batch: list[Tensor], index: int) -> Tensor:
             return self.net(batch[0]).square().mean()  # type: ignore[no-any-return]
 
+        test_step = training_step
+
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     return Module()
+
+
+def _loader() -> Any:
+    return DataLoader(TensorDataset(torch.arange(24.0).reshape(8, 3) / 24), batch_size=3)
+
+
+def _trainer(callbacks: list[Any], **settings: Any) -> Any:
+    return lightning().Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+        **settings,
+    )
+
+
+def _cloned(state: Any) -> dict[str, Any]:
+    return {name: value.clone() for name, value in state.items()}
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(path, weights_only=True)
+    return loaded
 
 
 class _Fit:
@@ -99,12 +128,16 @@ def test_a_checkpoint_of_the_trainer(fit: _Fit, tmp_path: Path) -> None:
         "current_model_state",
         "averaging_state",
         "callbacks",
+        "epoch",
+        "global_step",
+        "pytorch-lightning_version",
+        "optimizer_states",
+        "lr_schedulers",
     }
-    assert all(same(written[k], checkpoint[k]) for k in written if k != "callbacks")
-    callbacks = {**checkpoint["callbacks"], **written["callbacks"]}
+    weights = {key: value for key, value in written.items() if key.endswith(("state", "dict"))}
+    assert len(weights) == 3 and all(same(weights[k], checkpoint[k]) for k in weights)
     path = tmp_path / "written.ckpt"
-    others = {key: value for key, value in checkpoint.items() if key not in written}
-    torch.save({**others, **written, "callbacks": callbacks}, path)
+    torch.save({**checkpoint, **weights}, path)
     ends = []
     for name, start in (("theirs", fit.path), ("ours", path)):
         torch.manual_seed(0)
@@ -125,7 +158,7 @@ def test_an_average_of_ours_goes_on_in_lightning(fit: _Fit, tmp_path: Path) -> N
     with pytest.raises(FormatError, match=r"needs raw="):
         write(contents, "lightning", n_averaged=7)
     written = write(contents, "lightning", n_averaged=7, **settings)
-    assert "callbacks" not in written
+    assert written["callbacks"] == {}
     callback = lightning().callbacks.EMAWeightAveraging()
     other = module()
     callback.setup(fit.trainer, other, "fit")
@@ -137,6 +170,94 @@ def test_an_average_of_ours_goes_on_in_lightning(fit: _Fit, tmp_path: Path) -> N
         contents, "lightning", n_averaged=7, latest_update_step=9, callback="A", **settings
     )
     assert latest["callbacks"] == {"A": {"latest_update_step": 9}}
+    with pytest.raises(FormatError, match=r"callback= is the name for latest_update_step="):
+        write(contents, "lightning", n_averaged=7, callback="A", **settings)
+
+
+def ours_for_lightning(folder: Path) -> tuple[Path, Any, Any]:
+    """Write an average of ours for Lightning; return the file, the model and its average."""
+    model = module()
+    average = polyak.ExponentialMovingAverage(model, momentum=0.1)
+    with torch.no_grad():
+        for value in (1.0, 2.0):
+            for parameter in model.parameters():
+                parameter.fill_(value)
+            average.update_parameters(model)
+    contents = read(average.state_dict())
+    written = write(contents, "lightning", n_averaged=2, raw=model.state_dict())
+    path = folder / "ours.ckpt"
+    torch.save(written, path)
+    return path, model, average
+
+
+def test_what_is_written_loads_into_a_module(tmp_path: Path) -> None:
+    path, model, average = ours_for_lightning(tmp_path)
+    loaded = type(model).load_from_checkpoint(path, weights_only=True)
+    assert same(loaded.state_dict(), average.module.state_dict())
+    assert any("begins at epoch 0" in note for note in read_as("lightning", read_file(path)).notes)
+    trainer = _trainer([])
+    other = module()
+    trainer.test(other, _loader(), ckpt_path=path, weights_only=True, verbose=False)
+    assert same(other.state_dict(), average.module.state_dict())
+
+
+def test_fit_goes_on_from_what_is_written(tmp_path: Path) -> None:
+    path, model, _ = ours_for_lightning(tmp_path)
+    begun: dict[str, Any] = {}
+
+    class Watch(lightning().Callback):  # type: ignore[misc]
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            begun.update(_cloned(pl_module.state_dict()))
+
+    callback = lightning().callbacks.EMAWeightAveraging(decay=0.9)
+    trainer = _trainer([callback, Watch()], max_epochs=1)
+    trainer.fit(module(), _loader(), ckpt_path=path, weights_only=True)
+    assert same(begun, model.state_dict())
+    assert int(callback._average_model.n_averaged) == 2 + BATCHES
+    # An average that was copied over would be as far away as the weights.
+    own = WeightAverageCallback(polyak.Exponential(decay=0.9))
+    trainer = _trainer([own], max_epochs=1)
+    trainer.fit(module(), _loader(), ckpt_path=path, weights_only=True)
+    assert own.average is not None and own.average.samples == 2 + BATCHES
+    # Buffers are averaged there, and copied here.
+    expected, found = callback._average_model.module, own.average.tensors()
+    for name, value in expected.named_parameters():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_ours_with_halves_are_read_in_float32(tmp_path: Path) -> None:
+    own = WeightAverageCallback(polyak.Exponential(decay=0.9))
+    trainer = _trainer([own], max_epochs=1)
+    model = module().to(torch.bfloat16)
+    loader = DataLoader(TensorDataset(torch.rand(9, 3, dtype=torch.bfloat16)), batch_size=3)
+
+    class Save(lightning().Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "ours.ckpt")
+
+    trainer.callbacks.append(Save())
+    trainer.fit(model, loader)
+    checkpoint = read_file(tmp_path / "ours.ckpt")
+    contents = read_as("lightning", checkpoint)
+    assert own.average is not None
+    tensors = own.average.tensors()
+    found = contents.averages[""]
+    assert found.keys() == checkpoint["state_dict"].keys()
+    for name, parameter in model.named_parameters():
+        assert found[name].dtype == torch.float32 and parameter.dtype == torch.bfloat16
+        assert torch.equal(found[name], tensors[name])
+        assert torch.equal(found[name].bfloat16(), checkpoint["state_dict"][name])
+    assert contents.counters["samples"] == BATCHES
+    assert contents.raw is not None and contents.raw["net.first.weight"].dtype == torch.bfloat16
+    assert any("read from 'weight_average'" in note for note in contents.notes)
+    # Several averages are all there; before the first sample the weights are those trained.
+    kept = checkpoint["weight_average"]
+    one = kept["averages"]["0"]
+    several = {**checkpoint, "weight_average": {**kept, "averages": {"a": one, "b": one}}}
+    assert list(read(several).averages) == ["a", "b"]
+    empty = {**kept, "counters": {**kept["counters"], "samples": 0}}
+    fresh = read({**checkpoint, "weight_average": empty}).averages[""]
+    assert same(fresh, checkpoint["state_dict"])
 
 
 def test_a_checkpoint_saved_outside_fit(fit: _Fit, tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ def test_an_average_written_for_diffusers_is_not_copied_over(after: int) -> None
         read(averaged.state_dict()),
         "diffusers",
         names=names_of(model),
+        optimization_step=3 + after,
         decay=0.9,
         min_decay=0.75,
         update_after_step=after,

@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from polyak._checks import ArgumentError, listed, whole
-from polyak.formats._contents import Contents, FormatError
+from polyak._checks import ArgumentError, flag, listed, number, whole
+from polyak.formats._contents import Contents, FormatError, describe
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ArgumentError(f"{name} must be a text, but got {value!r}")
+    return value
+
+
+def _mapping(name: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"{name} must be a mapping, but got {describe(value)}")
+    return value
+
+
+def _real(name: str, value: object) -> object:
+    # A metric may be NaN, and is handed on as it is.
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentError(f"{name} must be a number, but got {describe(value)}")
+    return value
+
+
+# What the libraries check when they load, and what they would fail at later.
+_CHECKS: dict[str, Callable[[str, object], Any]] = {
+    "decay": partial(number, at_least=0, at_most=1),
+    "min_decay": partial(number, at_least=0, at_most=1),
+    "inv_gamma": partial(number, above=0),
+    "power": partial(number, above=0),
+    "use_ema_warmup": flag,
+    "update_after_step": partial(whole, at_least=0),
+    "update_every": partial(whole, at_least=1),
+    "interval": partial(whole, at_least=1),
+    "config": _mapping,
+    "callback": _text,
+    "lightning_version": _text,
+    "epoch": partial(whole, at_least=0),
+    "version": partial(whole, at_least=0),
+    "arch": _text,
+    "metric": _real,
+}
 
 
 class Request:
@@ -49,10 +89,19 @@ class Request:
         return setting in self._given
 
     def optional(self, setting: str) -> Any:
-        """Return a setting that the user gave or the contents have, or None."""
-        if self.has(setting):
-            return self._given[setting]
-        return self.contents.settings.get(setting)
+        """Return a setting that the user gave or the contents have, or None.
+
+        Raises:
+            FormatError: it has a type or a value that the layout has no place for.
+        """
+        given = self.has(setting)
+        value = self._given[setting] if given else self.contents.settings.get(setting)
+        if setting not in _CHECKS or (value is None and not given):
+            return value
+        try:
+            return _CHECKS[setting](setting, value)
+        except ArgumentError as error:
+            raise FormatError(f"{self.layout}: {error}") from None
 
     def settings(self, *wanted: str) -> dict[str, Any]:
         """Return settings that the user gave or the contents have; ask for all others at once."""
@@ -87,10 +136,44 @@ class Request:
             )
         return counted
 
-    def steps(self, setting: str) -> int:
-        """Return the updates so far; 0 where none of them averaged, so that the next one copies."""
-        steps = self.counter("steps")
-        return self.count(setting, 0 if self.counter("samples") == 0 else steps)
+    def samples(self) -> int | None:
+        """Return the weights averaged so far, or None; 0 says that the next update is to copy."""
+        samples = self.counter("samples")
+        # Where nothing was updated nothing was averaged either.
+        return 0 if samples is None and self.counter("steps") == 0 else samples
+
+    def steps(self, setting: str, stride: str, after: str | None = None) -> int:
+        """Return the updates after which a library that counts all of them goes on as the average.
+
+        Such a library averages each ``stride``-th update, and copies until ``after``. Neither is
+        saved, so that the count is of use only to an object with the same ones.
+
+        Args:
+            setting: the count under the layout's name.
+            stride: the layout's name for the updates from one sample to the next; 1 unless given.
+            after: its name for the updates until which it copies; 0 unless given.
+
+        Raises:
+            FormatError: a count that cannot be known.
+        """
+        strided, shifted = self.has(stride), after is not None and self.has(after)
+        wanted = self.optional(stride) if strided else 1
+        begin = (self.optional(after) if after else None) or 0
+        samples, steps = self.samples(), self.counter("steps")
+        if self.has(setting) or samples == 0:
+            return self.count(setting, 0)
+        if samples is None:
+            return self.count(setting, None if strided or shifted else steps)
+        every = int(self.contents.settings.get("every", 1))
+        if every > 1 and not strided and samples != steps:
+            raise FormatError(
+                f"{self.layout} needs {stride}=: of {steps} updates each {every}th was averaged, "
+                f"{samples} in all, and the layout counts updates: pass the {stride} of the "
+                f"average that loads it, or {setting}="
+            )
+        # Updates since the last sample, which is one of them.
+        since = (steps - 1) % every + 1 if steps and wanted == every else 1
+        return begin - begin % wanted + (samples - 1) * wanted + since
 
     def named(self) -> dict[str, Tensor]:
         """Return the average by name, with the buffers that the user gave.
@@ -107,7 +190,7 @@ class Request:
                     f"names= has {len(names)} names, the contents have {len(unnamed)} tensors"
                 )
             found = dict(zip(names, unnamed, strict=True))
-        buffers: dict[str, Tensor] = self._given["buffers"] if self.has("buffers") else {}
+        buffers = self._tensors("buffers", self._given["buffers"]) if self.has("buffers") else {}
         twice = [repr(name) for name in buffers if name in found]
         if twice:
             raise FormatError(f"buffers= has {listed(twice)}, which the contents have too")
@@ -146,7 +229,7 @@ class Request:
         given = self._given["raw"] if self.has("raw") else self.contents.raw
         if given is None:
             return None
-        raw: dict[str, Tensor] = dict(given)
+        raw = self._tensors("raw", given)
         problems = [f"only in raw: {name!r}" for name in raw if name not in average]
         problems += [f"only in the average: {name!r}" for name in average if name not in raw]
         problems += [
@@ -171,9 +254,22 @@ class Request:
                 f"{listed(_quoted(sorted(self._known)))}"
             )
 
+    def _tensors(self, setting: str, value: object) -> dict[str, Tensor]:
+        if not isinstance(value, Mapping) or not all(
+            isinstance(name, str) and isinstance(one, Tensor) for name, one in value.items()
+        ):
+            raise FormatError(
+                f"{self.layout}: {setting} must be tensors by name, but got {describe(value)}"
+            )
+        return dict(value)
+
     def _names(self) -> list[str]:
         names = self.settings("names")["names"]
-        if isinstance(names, str) or not isinstance(names, Sequence):
+        if (
+            isinstance(names, str)
+            or not isinstance(names, Sequence)
+            or not all(isinstance(name, str) for name in names)
+        ):
             raise FormatError(f"names= must be a list of names, but got {names!r}")
         if len(set(names)) != len(names):
             raise FormatError("names= has one name twice; parameters() yields tied ones once")

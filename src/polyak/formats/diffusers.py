@@ -8,7 +8,9 @@
   a fresh model's are written there.
 
 ``optimization_step`` counts the calls of ``step``. Those up to ``update_after_step`` + 1 copy, so
-that "steps" is the counter and "samples" is what it is above ``update_after_step``.
+that "steps" is the counter and "samples" is what it is above ``update_after_step``. Written is
+"samples" + ``update_after_step``, with which the decay goes on where it was, or 0 where nothing was
+averaged, so that the next call copies.
 
 Reference:
     ``EMAModel`` in ``src/diffusers/training_utils.py`` of huggingface/diffusers.
@@ -19,11 +21,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from polyak._checks import ArgumentError, whole
 from polyak.formats._contents import (
     NO_NAMES,
     Contents,
-    FormatError,
     Names,
     State,
     count,
@@ -69,14 +69,13 @@ def _write(request: Request) -> dict[str, Any]:
 
 def _scalars(request: Request) -> dict[str, Any]:
     settings = request.settings(*_SETTINGS)
-    try:
-        after = whole("update_after_step", settings["update_after_step"], at_least=0)
-    except ArgumentError as error:
-        raise FormatError(str(error)) from None
-    steps = request.counter("steps")
-    if steps and "update_after_step" not in request.contents.settings:
-        # Elsewhere the first update copies; here the one after update_after_step does.
+    after = settings["update_after_step"]
+    steps = request.samples()
+    if steps:
         steps += after
+    elif steps == 0 and request.contents.settings.get("update_after_step") == after:
+        # Their own average that still copies, and goes on doing so.
+        steps = request.counter("steps")
     return {**settings, "optimization_step": request.count("optimization_step", steps)}
 
 

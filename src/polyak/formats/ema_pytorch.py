@@ -13,6 +13,10 @@
 "samples" is not known. γ is not saved either: the file's name holds its index among the γ that the
 object was built with.
 
+Where the contents know "samples", ``step`` is written for ``update_after_step=`` and
+``update_every=``, 0 and 1 unless given. An ``EMA`` whose ``update_after_step`` is not below
+``step`` copies the model over the average at its next updates, which a note says.
+
 Reference:
     ``ema_pytorch/ema_pytorch.py`` and ``ema_pytorch/post_hoc_ema.py`` of lucidrains/ema-pytorch.
 """
@@ -44,6 +48,10 @@ from polyak.formats._request import Request
 
 _HEAD = ("initted", "step")
 _NO_SETTINGS = "The layout does not hold β, update_every and update_after_step."
+_KEPT = (
+    "The average is kept where update_after_step is below {steps} (EMA's default is 100): up to it "
+    "each update copies the model over the average."
+)
 _NO_GAMMA = (
     "The layout does not hold γ: the index stands for the one of that place in gammas= or "
     "sigma_rels= of the run."
@@ -83,13 +91,15 @@ def _read(state: State, names: Names) -> Contents:
     average = _average(state, layout, notes)
     own = behind(state, "online_model.")
     raw = weights(own, f"{layout}: 'online_model.'", notes) if own else None
+    if steps:
+        notes.append(_KEPT.format(steps=steps))
     return Contents({"": average}, raw, counters={"steps": steps}, notes=notes)
 
 
 def _write(request: Request) -> dict[str, Any]:
     average = request.named()
     raw = request.raw_or_none(average) or {}
-    steps = request.steps("step")
+    steps = request.steps("step", "update_every", "update_after_step")
     return {
         "initted": torch.tensor(steps > 0),
         "step": torch.tensor(steps),

@@ -9,7 +9,8 @@
   weights. They are exchanged back only where training is resumed.
 
 ``steps`` counts all calls of ``update_parameters``. The first one copies, and only each
-``interval``-th averages; the interval is not saved, so that "samples" is not known.
+``interval``-th averages; the interval is not saved, so that "samples" is not known. Where the
+contents know it, the counter is written for ``interval=``, 1 unless given.
 
 Reference:
     ``mmengine/model/averaged_model.py`` and ``mmengine/hooks/ema_hook.py`` of open-mmlab/mmengine.
@@ -85,11 +86,12 @@ def with_low_bits(
                 f"{where}: {LOW_BITS + name!r} has the shape {tuple(low.shape)}, and "
                 f"'module.{name}' {tuple(value.shape)}"
             )
-        exact[_memory(name, value)] = kernels.widen(value.detach(), low)
-    return {name: exact.get(_memory(name, value), value) for name, value in tensors.items()}
+        exact[memory(name, value)] = kernels.widen(value.detach(), low)
+    return {name: exact.get(memory(name, value), value) for name, value in tensors.items()}
 
 
-def _memory(name: str, tensor: Tensor) -> object:
+def memory(name: str, tensor: Tensor) -> object:
+    """Return what tensors under several names have in common where they share memory."""
     if tensor.numel() == 0 or tensor.device.type == "meta":
         return name
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
@@ -108,7 +110,7 @@ def _write(request: Request) -> dict[str, Any]:
 
 
 def _averaged_model(request: Request, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    steps = torch.tensor(request.steps("steps"))
+    steps = torch.tensor(request.steps("steps", "interval"))
     return {"steps": steps, **{f"module.{name}": value for name, value in tensors.items()}}
 
 

@@ -49,7 +49,7 @@ def _read(state: State, names: Names) -> Contents:
 
 
 def _write(request: Request) -> dict[str, Any]:
-    averaged = request.count("n_averaged", request.counter("samples"))
+    averaged = request.count("n_averaged", request.samples())
     tensors = {f"module.{name}": value for name, value in request.named().items()}
     return {"n_averaged": torch.tensor(averaged), **tensors}
 

@@ -76,7 +76,7 @@ def _num_updates(request: Request) -> int | None:
         uncounted = request.optional("num_updates") is None
     if uncounted:
         return None
-    samples = request.counter("samples")
+    samples = request.samples()
     if samples == 0 and not request.has("num_updates"):
         raise FormatError(
             "torch-ema cannot say that the first update is to copy, as it is where nothing was "
