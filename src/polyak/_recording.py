@@ -378,7 +378,9 @@ class TrajectoryRecorder:
             return before and dataclasses.replace(before, samples=None)
         pairs = names.pair(self._entries, model, self._expects)
         state = {pair.name: pair.source.detach() for pair in pairs}
-        name = f"last-{samples:012d}.safetensors"
+        # Never over the file that the manifest names.
+        files = ("last-1.safetensors", "last-2.safetensors")
+        name = files[before is not None and before.file.name == files[0]]
         return StoredLast(samples, folders.write_tensors(self._folder, name, state))
 
     def _merge(self) -> bool:

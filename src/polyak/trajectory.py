@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args, overload
+from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from polyak import _trajectory_folder as folders
 from polyak._checks import ArgumentError, number
 from polyak._file_errors import FileError
 from polyak._recording import MEAN, MOMENT, TrajectoryRecorder
+from polyak._safetensors import LazyTensor
 from polyak._trajectory_folder import StoredBlock
 from polyak.profiles import Block, Clocks, Fit, Profile, Run
 from polyak.schedules import Schedule
@@ -36,13 +37,15 @@ class Reconstruction:
     Example:
         >>> import polyak, tempfile
         >>> from torch import nn
-        >>> model = nn.Linear(1, 1)
+        >>> model = nn.Linear(1, 1, bias=False)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with polyak.TrajectoryRecorder(model, folder, block=1) as recorder:
-        ...         recorder.update(model)
+        ...         for weight in (1.0, 3.0):
+        ...             _ = nn.init.constant_(model.weight, weight)
+        ...             recorder.update(model)
         ...     result = polyak.Trajectory(folder).reconstruct(polyak.Uniform())
-        >>> result.coefficients
-        tensor([[1., 0.]], dtype=torch.float64)
+        >>> result.distance, result.error < 1e-6, result.coefficients.tolist()
+        (1.0, True, [[0.5, 0.0], [0.5, 0.0]])
     """
 
     state_dict: dict[str, Tensor]
@@ -52,7 +55,7 @@ class Reconstruction:
     profile_error: float
     """The part of it that comes from the blocks' lengths."""
     rounding_error: float
-    """The part of it that comes from the dtype in which the blocks are stored."""
+    """The part of it that comes from rounding, in the stored blocks above all."""
     distance: float
     """‖average − last weights‖."""
     coefficients: Tensor
@@ -183,9 +186,10 @@ class Trajectory:
                 moment, or a profile over the samples until then; or a list of either.
             at: the moment, as a clock value; its last sample is that at or before it. None for
                 the end. Inside of a block the error is larger. Weights that were not last are not
-                stored: before the end, ‖average − last weights‖ is an estimate, mean + 3 moment
-                of the last block standing for them, and buffers are those of the end.
-            tolerance: the predicted error from which on ``beyond`` holds.
+                stored: before the end, a straight line through the last block stands for them in
+                ‖average − last weights‖, and buffers are those of the end.
+            tolerance: the predicted error from which on ``beyond`` holds, unless it is no more
+                than the rounding of any average.
             beyond: "warn", "raise" or "ignore".
 
         Raises:
@@ -204,20 +208,23 @@ class Trajectory:
         fits = [profiles.fit(_profile(one, clocks), _edges(blocks), movement) for one in targets]
         clock = float(clocks.values(length - 1, length))
         states = self._read(blocks, [fit.coefficients for fit in fits])
-        distances = self._complete(states, length, blocks[-1])
+        completed = self._complete(states, length, blocks[-1])
         results = []
-        for one, fit, state, distance in zip(targets, fits, states, distances, strict=True):
-            profile, rounding = self._errors(fit, blocks, movement)
+        for one, fit, (state, distance) in zip(targets, fits, completed, strict=True):
+            off = self._errors(fit, blocks, movement)
+            rounding = math.hypot(off.stored, off.sums)
             result = Reconstruction(
                 state_dict=state,
-                error=_relative(math.hypot(profile, rounding), distance),
-                profile_error=_relative(profile, distance),
+                error=_relative(math.hypot(off.profile, rounding), distance),
+                profile_error=_relative(off.profile, distance),
                 rounding_error=_relative(rounding, distance),
                 distance=distance,
                 coefficients=fit.coefficients,
                 clock=clock,
             )
-            if beyond != "ignore" and not result.error <= tolerance:
+            # Near the last weights the rounding of any average is beyond the tolerance.
+            avoidable = max(off.profile, off.stored) > 2 * off.sums
+            if beyond != "ignore" and avoidable and not result.error <= tolerance:
                 told = self._told(one, result, tolerance)
                 if beyond == "raise":
                     raise ArgumentError(told)
@@ -245,7 +252,7 @@ class Trajectory:
         number("at", at, at_least=0)
         length = self.samples_until(at)
         if not length or at > self.clock:
-            first = self._manifest.blocks[0].strides[0][0]
+            first = self._manifest.blocks[0].strides[0][1]
             raise ArgumentError(
                 f"at={at:g} is not recorded: the clock is from {first:g} to {self.clock:g}"
             )
@@ -280,43 +287,44 @@ class Trajectory:
         return states
 
     def _complete(
-        self, states: list[dict[str, Tensor]], length: int, block: StoredBlock
-    ) -> list[float]:
-        """Add buffers and ties to the states; return how far each is from the last weights."""
+        self, states: Sequence[dict[str, Tensor]], length: int, block: StoredBlock
+    ) -> list[tuple[dict[str, Tensor], float]]:
+        """Return the states with buffers and ties, and how far each is from the last weights.
+
+        Args:
+            states: the averaged tensors.
+            length: the samples until their moment.
+            block: the one that the last of these is in.
+        """
         last = self._manifest.last
-        stored = (
-            {}
-            if last is None
-            else folders.open_tensors(self._folder, last.file, "the last weights")
-        )
-        exact = last is not None and last.samples == length
-        near = {} if exact else folders.open_block(self._folder, block)
-        squares = [0.0] * len(states)
+        stored: dict[str, LazyTensor] = {}
+        if last is not None:
+            stored = folders.open_tensors(self._folder, last.file, "the last weights")
+        near: dict[str, LazyTensor] = {}
+        if last is None or last.samples != length:
+            near = folders.open_block(self._folder, block)
+        # Where in the block the moment is, from −1 to 1, and a straight line through the block.
+        size = block.stop - block.start
+        along = (2 * (length - block.start) - 1 - size) / size
         found: list[dict[str, Tensor]] = [{} for _ in states]
+        squares = [0.0] * len(states)
         for one in self._manifest.tensors:
+            keys = (one.name, *one.ties)
             if one.averaged:
+                if near:
+                    end = near[MEAN + one.name].read().to(_averaging(one.dtype))
+                    end = end.add(near[MOMENT + one.name].read(), alpha=3 * along)
+                else:
+                    end = stored[one.name].read()
                 for index, state in enumerate(states):
-                    value = state[one.name]
-                    end = (
-                        stored[one.name].read()
-                        if exact
-                        else near[MEAN + one.name].read() + 3 * near[MOMENT + one.name].read()
-                    )
-                    squares[index] += kernels.squared_distance([value], [end])
-                    found[index].update(dict.fromkeys((one.name, *one.ties), value))
+                    squares[index] += kernels.squared_distance([state[one.name]], [end])
+                    found[index].update(dict.fromkeys(keys, state[one.name]))
             elif one.name in stored:
                 for state in found:
-                    value = stored[one.name].read().clone()
-                    state.update(dict.fromkeys((one.name, *one.ties), value))
-        for state, complete in zip(states, found, strict=True):
-            state.clear()
-            state.update(complete)
-        return [math.sqrt(square) for square in squares]
+                    state.update(dict.fromkeys(keys, stored[one.name].read().clone()))
+        return [(one, math.sqrt(square)) for one, square in zip(found, squares, strict=True)]
 
-    def _errors(
-        self, fit: Fit, blocks: Sequence[StoredBlock], movement: Tensor
-    ) -> tuple[float, float]:
-        """Return what the profile and the rounding are predicted to be off by."""
+    def _errors(self, fit: Fit, blocks: Sequence[StoredBlock], movement: Tensor) -> _Errors:
         norms = torch.tensor(
             [(block.mean_norm, block.moment_norm) for block in blocks], dtype=torch.float64
         ).nan_to_num(0.0, 0.0)
@@ -329,11 +337,11 @@ class Trajectory:
         # difference of two averages; and the sum over the blocks is rounded likewise.
         norms /= math.sqrt(12)
         updates = norms[:, :1] * math.sqrt(self._manifest.block / 3) * torch.tensor([1, 2**0.5])
-        sums = torch.finfo(averaging).eps * math.sqrt(2 * len(blocks) / 3) * float(norms.max())
-        return profiles.predicted_error(fit, movement), math.hypot(
+        added = torch.finfo(averaging).eps * math.sqrt(2 * len(blocks) / 3) * float(norms.max())
+        return _Errors(
+            profiles.predicted_error(fit, movement),
             profiles.rounding_error(fit, stored, norms),
-            profiles.rounding_error(fit, averaging, updates),
-            sums,
+            math.hypot(profiles.rounding_error(fit, averaging, updates), added),
         )
 
     def _told(self, target: Target, result: Reconstruction, tolerance: float) -> str:
@@ -351,6 +359,17 @@ class Trajectory:
             f"the predicted error of {target} is {result.error:.2g} of its distance from the last "
             f"weights, beyond the tolerance of {tolerance:g}; {help_}"
         )
+
+
+class _Errors(NamedTuple):
+    """What a reconstruction is predicted to be off by, as an L2 norm."""
+
+    profile: float
+    """Since the blocks do not show single samples."""
+    stored: float
+    """By the dtype of the stored blocks."""
+    sums: float
+    """By rounding in the sums, as in every average."""
 
 
 def _profile(target: Target, clocks: Clocks) -> Profile:
