@@ -127,10 +127,13 @@ def _gram(profiles: Sequence[Profile], length: int, *, summed: bool) -> Tensor:
     """Inner products of all profiles, or of their cumulative sums."""
     found = torch.zeros(len(profiles), len(profiles), dtype=torch.float64)
     carried = torch.zeros(len(profiles), 1, dtype=torch.float64)
-    for low, high in pieces(length, max(1, 16 * CHUNK // len(profiles))):
-        rows = torch.stack([one.weights(low, high) for one in profiles])
+    # 4 MiB at a time, or less.
+    for low, high in pieces(length, max(1, min(CHUNK, 2**19 // len(profiles)))):
+        rows = torch.empty(len(profiles), high - low, dtype=torch.float64)
+        for row, one in zip(rows, profiles, strict=True):
+            row.copy_(one.weights(low, high))
         if summed:
-            rows = rows.cumsum_(1).add_(carried)
+            rows.cumsum_(1).add_(carried)
             carried = rows[:, -1:].clone()
         found += rows @ rows.T
     return found
@@ -142,7 +145,8 @@ def _solve(gram: Tensor, values: Tensor) -> Tensor:
     sizes, vectors = torch.linalg.eigh(scale[:, None] * gram * scale)
     known = sizes > sizes[-1] * len(gram) * torch.finfo(torch.float64).eps
     parts = torch.where(known, vectors.T.mv(scale * values) / sizes, 0.0)
-    return scale * vectors.mv(parts)
+    found: Tensor = scale * vectors.mv(parts)
+    return found
 
 
 def _solve_constrained(gram: Tensor, values: Tensor, totals: Tensor, total: float) -> Tensor:
@@ -152,7 +156,9 @@ def _solve_constrained(gram: Tensor, values: Tensor, totals: Tensor, total: floa
     free = torch.linalg.qr(totals[:, None], mode="complete").Q[:, 1:]
     if not free.shape[1]:
         return start
-    return start + free.mv(_solve(free.T @ gram @ free, free.T.mv(values - gram.mv(start))))
+    moved = _solve(free.T @ gram @ free, free.T.mv(values - gram.mv(start)))
+    found: Tensor = start + free.mv(moved)
+    return found
 
 
 def _scaled(found: Tensor, totals: Tensor, total: float) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak._checks import ArgumentError, number
+from polyak._checks import ArgumentError, number, share
 from polyak._clocks import Clocks
 from polyak._profile import Profile, Recursion, points
 from polyak.schedules import (
@@ -68,14 +68,14 @@ class _OfMass(Profile):
 
     def _weights(self, start: int, stop: int) -> Tensor:
         shares = _shares(self._schedule, self._clocks, self._start, self._skipped, start, stop)
-        # Nothing comes after the last sample.
-        inside = min(stop, self.length - 1)
-        now = self._clocks.values(start, inside) - self._start
-        end = self._clocks.values(self.length - 1, self.length) - self._start
-        growth = torch.zeros_like(shares)
-        if start < inside:
-            growth[: inside - start] = _log_growth(self._schedule, now, end.expand_as(now))
-        return shares * torch.exp(-growth)
+        # Before them shares are 0, and nothing comes after the last sample.
+        low, high = max(start, self._skipped), min(stop, self.length - 1)
+        if low < high:
+            now = self._clocks.values(low, high) - self._start
+            end = self._clocks.values(self.length - 1, self.length) - self._start
+            growth = _log_growth(self._schedule, now, end.expand_as(now))
+            shares[low - start : high - start] *= torch.exp(-growth)
+        return shares
 
 
 def _shares(
@@ -160,7 +160,10 @@ def _later_shares(schedule: Schedule, previous: Tensor, now: Tensor) -> Tensor:
     if type(schedule) in _SHARE:
         return _SHARE[type(schedule)](schedule, previous, now)
     pairs = zip(previous.tolist(), now.tolist(), strict=True)
-    return torch.tensor([schedule.share(p, n) for p, n in pairs], dtype=torch.float64)
+    found = torch.tensor([schedule._share(p, n) for p, n in pairs], dtype=torch.float64)
+    share(f"{schedule}", float(found.min()))
+    share(f"{schedule}", float(found.max()))
+    return found
 
 
 def _log_growth(schedule: ClosedForm, previous: Tensor, now: Tensor) -> Tensor:

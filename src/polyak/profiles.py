@@ -151,11 +151,11 @@ def bema(
         length: T + 1, the samples from t = 0 on.
         kappa: κ, how fast the average slows down.
         eta: η, how fast the correction fades.
-        rho: ρ, in updates; above 0.
+        rho: ρ, in updates; at least 1.
         gamma: γ, per update.
 
     Raises:
-        ArgumentError: ``length`` below 1 or a value that makes a share leave [0, 1].
+        ArgumentError: ``length`` below 1 or a value out of range.
 
     Example:
         >>> [round(w, 5) for w in bema(6).weights(0, 6).tolist()]
