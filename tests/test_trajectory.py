@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyak
 from models import Mixed, Plain, Tied, train
@@ -21,9 +23,15 @@ from polyak import ArgumentError, NameMismatchError, Trajectory, TrajectoryRecor
 from polyak import _trajectory_folder as folders
 from recorded_runs import digits, direct, vector
 
+Target = polyak.Schedule | profiles.Profile
 STEPS, BLOCK = 1200, 40
-KINDS = [("all", None), (4, None), ("all", torch.float16), (4, torch.bfloat16)]
-TARGETS = [
+KINDS: list[tuple[Any, torch.dtype | None]] = [
+    ("all", None),
+    (4, None),
+    ("all", torch.float16),
+    (4, torch.bfloat16),
+]
+TARGETS: list[Target] = [
     polyak.Exponential(half_life=15),
     polyak.Exponential(half_life=60),
     polyak.Exponential(half_life=300),
@@ -79,7 +87,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recorded]:
 
 
 # Schedules count samples here: the run advances by 16.
-SCALED = [
+SCALED: list[Target] = [
     polyak.Exponential(half_life=t.half_life * 16)
     if isinstance(t, polyak.Exponential) and t.half_life
     else t
@@ -322,7 +330,9 @@ def test_samples_that_are_not_finite_can_be_skipped(tmp_path: Path) -> None:
 def test_blocks_that_are_not_finite_spoil_no_others(tmp_path: Path) -> None:
     trajectory = record(tmp_path, [1, math.nan, 5, 7], [1] * 4, block=2)
     window = profiles.window(2, 4)
-    assert scalar(trajectory.reconstruct(window, beyond="ignore")) == 6
+    both = trajectory.reconstruct([window, profiles.uniform(4)], beyond="ignore")
+    assert scalar(both[0]) == 6
+    assert math.isnan(scalar(both[1]))
 
 
 # Reading.
@@ -363,19 +373,16 @@ def test_blocks_that_are_not_needed_are_not_read(
     assert sum(name.startswith("block") for name in seen.files) == 2
 
 
-class Alive(torch.utils._python_dispatch.TorchDispatchMode):
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that operations make, while they are alive."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
-        self._seen: set[int] = set()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        import weakref
-
         result = function(*args, **(kwargs or {}))
         given = [a for a in args if isinstance(a, Tensor)]
         if isinstance(result, Tensor):

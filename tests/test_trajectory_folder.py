@@ -59,7 +59,7 @@ def test_a_kill_at_any_instant_loses_no_block_that_was_whole(tmp_path: Path) -> 
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) > 0
+    assert int(run.stdout) > 100
 
 
 class Crash(BaseException):
@@ -208,15 +208,15 @@ def test_merging_is_exact(tmp_path: Path) -> None:
     means = [values[b.start : b.stop].mean(0) for b in merged.blocks]
     for block, one, other in zip(merged.blocks[1:], means, means[1:], strict=False):
         assert block.gap == pytest.approx(float((other - one).norm()), rel=1e-12)
-    one, other = (
+    mine, theirs = (
         folders.open_block(tmp_path / name, block)
         for name, block in (("merged", same), ("whole", whole.blocks[0]))
     )
     for key in ("mean.weight", "moment.weight"):
-        assert torch.allclose(one[key].read(), other[key].read(), rtol=0, atol=1e-14)
+        assert torch.allclose(mine[key].read(), theirs[key].read(), rtol=0, atol=1e-14)
     i = torch.arange(32, dtype=torch.float64)
     moment = ((2 * i + 1 - 32) / 32) @ values[:32] / 32
-    assert torch.allclose(other["moment.weight"].read(), moment, rtol=0, atol=1e-14)
+    assert torch.allclose(theirs["moment.weight"].read(), moment, rtol=0, atol=1e-14)
 
 
 # Two recorders.
