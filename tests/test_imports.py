@@ -56,6 +56,7 @@ FLOORS = (
     "files",
     # Floor 2: recorded runs.
     "_trajectory_folder",
+    "_trajectory_blocks",
     "_recording",
     "trajectory",
     # Floor 2: other libraries' layouts.

@@ -262,6 +262,29 @@ def test_any_strides_are_recorded(
     assert got == pytest.approx(float(direct(run, schedule, trajectory.clocks)), abs=1e-9)
 
 
+@pytest.mark.parametrize("retain", ["all", 2])
+def test_a_clock_that_never_runs_evenly_stands_in_the_files(tmp_path: Path, retain: Any) -> None:
+    advances = torch.rand(400, dtype=torch.float64).add(0.5).tolist()
+    values = torch.randn(400).cumsum(0).tolist()
+    settings = {"block": 50, "retain": retain}
+    model = nn.Linear(1, 1, bias=False).double()
+    for part in (slice(0, 130), slice(130, 400)):
+        with TrajectoryRecorder(model, tmp_path, **settings) as recorder:
+            for value, advance in zip(values[part], advances[part], strict=True):
+                nn.init.constant_(model.weight, value)
+                recorder.update(advance=advance)
+    trajectory = Trajectory(tmp_path)
+    expected = list(itertools.accumulate(advances))
+    assert trajectory.clocks.values(0, 400).tolist() == pytest.approx(expected, rel=1e-12)
+    assert (tmp_path / folders.MANIFEST).stat().st_size < 20_000 + 3_000 * len(trajectory.blocks)
+    run = torch.tensor(values, dtype=torch.float64)[:, None]
+    schedule = polyak.Exponential(half_life=150)
+    exact = float(direct(run, schedule, trajectory.clocks))
+    result = trajectory.reconstruct(schedule, beyond="ignore")
+    assert abs(scalar(result) - exact) < 4 * result.error * result.distance
+    assert result.error < 0.2
+
+
 # What a state dict holds.
 
 

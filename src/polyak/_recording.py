@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +16,20 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from polyak import _applied, _checks, kernels, names, profiles
+from polyak import _trajectory_blocks as blocks
 from polyak import _trajectory_folder as folders
 from polyak._attached import Attached, hooked
 from polyak._average_state import Counters
 from polyak._checks import ArgumentError, OnNonfinite, number, whole
 from polyak._file_errors import FileError
-from polyak._safetensors import LazyTensor
-from polyak._trajectory_folder import Manifest, StoredBlock, StoredFile, StoredLast, StoredTensor
+from polyak._trajectory_folder import Manifest, StoredLast, StoredTensor
+from polyak.profiles import Run
 from polyak.schedules import Polynomial, Uniform
 from polyak.weight_average import WeightAverage
 
 __all__ = ["TrajectoryRecorder"]
 
 Retain = Literal["all"] | int
-MEAN, MOMENT = "mean.", "moment."
-"""What the keys of a block's file begin with."""
 
 
 class TrajectoryRecorder:
@@ -144,7 +141,11 @@ class TrajectoryRecorder:
         }
         self._model: weakref.ref[nn.Module] = weakref.ref(model)
         self._handles: list[RemovableHandle] = []
-        self._strides: list[tuple[int, float]] = []
+        self._runs: list[Run] = []
+        self._kinds = {
+            name: (tensor.shape, dtype if dtype and tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in self._average._averages["mean"].tensors.items()
+        }
         self._folder = Path(folder)
         fresh = self._fresh()
         descriptor = folders.lock(self._folder)
@@ -208,7 +209,7 @@ class TrajectoryRecorder:
             return
         if source is not self._model():
             self._model = weakref.ref(source)
-        self._strides = _joined(self._strides, [(1, self._since)])
+        blocks.extend(self._runs, Run(self._clock, self._since, 1))
         self._sampled_at, self._since = self._clock, 0
         if self._average.samples >= self._block:
             self._write()
@@ -317,16 +318,16 @@ class TrajectoryRecorder:
         found = folders.read_manifest(self._folder)
         strays = folders.strays(self._folder, found)
         if found is None:
-            blocks = [path.name for path in strays if path.name.startswith("block")]
-            if blocks:
+            orphans = [path.name for path in strays if path.name.startswith("block")]
+            if orphans:
                 raise FileError(
-                    f"{self._folder}: has {_checks.listed(blocks)} but no {folders.MANIFEST}: "
+                    f"{self._folder}: has {_checks.listed(orphans)} but no {folders.MANIFEST}: "
                     "copy that file there again, or choose another folder"
                 )
             folders.write_manifest(self._folder, fresh)
             return fresh
-        _compare(self._folder, found, fresh)
-        kept = found if clock is None else _until(self._folder, found, clock)
+        folders.compare(self._folder, found, fresh)
+        kept = found if clock is None else folders.until(self._folder, found, clock)
         if kept is not found:
             folders.write_manifest(self._folder, kept)
         folders.remove(folders.strays(self._folder, kept))
@@ -343,18 +344,16 @@ class TrajectoryRecorder:
             return (linear[name] - means[name]).mul_((count + 1) / count)
 
         before = self._manifest.blocks[-1:]
-        stored = self._store(start, start + count, means.__getitem__, moment, before)
-        block = StoredBlock(
-            start=start,
-            stop=start + count,
-            merges=0,
-            clock=self._sampled_at,
-            strides=self._strides,
-            mean_norm=stored.mean_norm,
-            moment_norm=stored.moment_norm,
-            gap=stored.gaps[0] if before else 0.0,
-            file=stored.file,
+        block, gaps = blocks.store(
+            self._folder,
+            profiles.Block(start, start + count),
+            self._kinds,
+            means.__getitem__,
+            moment,
+            self._runs,
+            before,
         )
+        block = dataclasses.replace(block, clock=self._sampled_at, gap=sum(gaps))
         self._commit(
             dataclasses.replace(
                 self._manifest,
@@ -363,7 +362,7 @@ class TrajectoryRecorder:
             )
         )
         self._average._counters = Counters(skipped=self._average.skipped)
-        self._strides = []
+        self._runs = []
         while self._merge():
             pass
 
@@ -387,184 +386,21 @@ class TrajectoryRecorder:
         """Merge the oldest two blocks of a size of which there are too many, if there is one."""
         if self._retain == "all":
             return False
-        blocks = self._manifest.blocks
-        sizes = [block.merges for block in blocks]
+        sizes = [block.merges for block in self._manifest.blocks]
         crowded = [size for size in set(sizes) if sizes.count(size) > int(self._retain)]
         if not crowded:
             return False
         # From old to new the sizes fall, so that the first two of a size are neighbours.
         index = sizes.index(min(crowded))
-        one, other = blocks[index : index + 2]
-        opened = [folders.open_block(self._folder, block) for block in (one, other)]
-        means, moments = profiles.merge(
-            profiles.Block(one.start, one.stop), profiles.Block(other.start, other.stop)
-        ).tolist()
-        earlier, later = blocks[max(index - 1, 0) : index], blocks[index + 2 : index + 3]
-        stored = self._store(
-            one.start,
-            other.stop,
-            lambda name: _combined(means, opened, name),
-            lambda name: _combined(moments, opened, name),
-            (*earlier, *later),
-        )
-        gaps = iter(stored.gaps)
-        merged = StoredBlock(
-            start=one.start,
-            stop=other.stop,
-            merges=one.merges + 1,
-            clock=other.clock,
-            strides=_joined(one.strides, other.strides),
-            mean_norm=stored.mean_norm,
-            moment_norm=stored.moment_norm,
-            gap=next(gaps) if earlier else 0.0,
-            file=stored.file,
-        )
-        after = [dataclasses.replace(block, gap=next(gaps)) for block in later]
-        opened.clear()
-        self._commit(
-            dataclasses.replace(
-                self._manifest, blocks=(*blocks[:index], merged, *after, *blocks[index + 3 :])
-            )
-        )
+        merged = blocks.merge(self._folder, self._manifest.blocks, index, self._kinds)
+        self._commit(dataclasses.replace(self._manifest, blocks=tuple(merged)))
         return True
-
-    def _store(
-        self,
-        start: int,
-        stop: int,
-        mean: Callable[[str], Tensor],
-        moment: Callable[[str], Tensor],
-        neighbours: Sequence[StoredBlock],
-    ) -> _Stored:
-        """Write the file of a block, one tensor at a time, and measure it on the way."""
-        squares = {MEAN: 0.0, MOMENT: 0.0}
-        gaps = [0.0] * len(neighbours)
-        beside = [folders.open_block(self._folder, block) for block in neighbours]
-
-        def stored(kind: str, name: str, dtype: torch.dtype) -> Tensor:
-            value = (mean if kind == MEAN else moment)(name).to("cpu")
-            square = _square(value)
-            squares[kind] += square
-            if kind == MEAN:
-                for index, tensors in enumerate(beside):
-                    gaps[index] += _square(value - tensors[MEAN + name].read())
-            result = value.to(dtype)
-            if math.isfinite(square) and not kernels.all_finite([result]):
-                raise FileError(
-                    f"{self._folder}: {name!r} has values beyond the range of {dtype}; record "
-                    "with dtype=torch.bfloat16 or torch.float32"
-                )
-            return result
-
-        state: dict[str, LazyTensor] = {}
-        for name, target in self._average._averages["mean"].tensors.items():
-            dtype = target.dtype
-            if self._dtype is not None and target.is_floating_point():
-                dtype = self._dtype
-            for kind in (MEAN, MOMENT):
-                read = functools.partial(stored, kind, name, dtype)
-                state[kind + name] = LazyTensor(tuple(target.shape), dtype, read)
-        name = f"block-{start:012d}-{stop:012d}.safetensors"
-        file = folders.write_tensors(self._folder, name, state)
-        return _Stored(
-            file,
-            math.sqrt(squares[MEAN]),
-            math.sqrt(squares[MOMENT]),
-            [math.sqrt(gap) for gap in gaps],
-        )
 
     def _commit(self, manifest: Manifest) -> None:
         folders.write_manifest(self._folder, manifest)
         gone = self._manifest.files - manifest.files
         self._manifest = manifest
         folders.remove([self._folder / name for name in sorted(gone)])
-
-
-class _Stored(NamedTuple):
-    """A block's file, and what was measured while it was written."""
-
-    file: StoredFile
-    mean_norm: float
-    moment_norm: float
-    gaps: list[float]
-    """‖mean − mean of a neighbour‖."""
-
-
-def _combined(
-    weights: Sequence[float], opened: Sequence[Mapping[str, LazyTensor]], name: str
-) -> Tensor:
-    """Return a weighted sum of the tensors of two blocks: mean, moment, mean, moment."""
-    total = torch.zeros((), dtype=torch.float32)
-    parts = [tensors[kind + name] for tensors in opened for kind in (MEAN, MOMENT)]
-    for weight, part in zip(weights, parts, strict=True):
-        value = part.read()
-        total = total + weight * value.to(kernels.averaging_dtype(value.dtype))
-    return total
-
-
-def _square(tensor: Tensor) -> float:
-    """Σ |x|², added up in float64."""
-    exact = torch.complex128 if tensor.is_complex() else torch.float64
-    return float(torch.linalg.vector_norm(tensor, dtype=exact)) ** 2
-
-
-def _compare(folder: Path, found: Manifest, given: Manifest) -> None:
-    """Raise if the record of a folder is another model's, or was made with other settings."""
-    theirs, mine = ({t.name: t for t in one.tensors} for one in (found, given))
-    problems = [f"recorded, not in the model: {name!r}" for name in theirs if name not in mine]
-    problems += [f"in the model, not recorded: {name!r}" for name in mine if name not in theirs]
-    for name in sorted(theirs.keys() & mine.keys()):
-        there, here = (dataclasses.asdict(one[name]) for one in (theirs, mine))
-        problems += [
-            f"{name!r} has {key} {there[key]} in the record and {here[key]} in the model"
-            for key in there
-            if there[key] != here[key]
-        ]
-    if problems:
-        raise names.NameMismatchError(
-            f"{folder} has the record of another model:\n  "
-            + _checks.listed(problems, "\n  ")
-            + "\nChoose another folder, or record the model that it was made from."
-        )
-    changes = [
-        f"{key}: {getattr(found, key)} recorded, {getattr(given, key)} given"
-        for key in ("block", "dtype", "retain")
-        if getattr(found, key) != getattr(given, key)
-    ]
-    if changes:
-        raise ArgumentError(
-            f"the settings differ from those in {folder}:\n  "
-            + "\n  ".join(changes)
-            + "\nGive the recorded ones to go on, or choose another folder."
-        )
-
-
-def _until(folder: Path, manifest: Manifest, clock: float) -> Manifest:
-    """Return the manifest without the blocks that end after ``clock``."""
-    kept = tuple(block for block in manifest.blocks if block.clock <= clock)
-    if len(kept) == len(manifest.blocks):
-        return manifest
-    cut = manifest.blocks[len(kept)]
-    begin = kept[-1].clock if kept else 0
-    if cut.merges and begin < clock:
-        raise ArgumentError(
-            f"resume_at={clock:g} is inside of a merged block of {folder}, from clock {begin:g} to "
-            f"{cut.clock:g}: go on from one of these, or with retain='all' in another folder"
-        )
-    last = manifest.last and dataclasses.replace(manifest.last, samples=None)
-    return dataclasses.replace(manifest, blocks=kept, last=last)
-
-
-def _joined(
-    first: Sequence[tuple[int, float]], second: Sequence[tuple[int, float]]
-) -> list[tuple[int, float]]:
-    """Join runs of strides, those that are equal into one."""
-    joined = list(first)
-    for count, stride in second:
-        if joined and joined[-1][1] == stride:
-            count += joined.pop()[0]
-        joined.append((count, stride))
-    return joined
 
 
 def _outline(entry: names.Entry) -> Tensor:

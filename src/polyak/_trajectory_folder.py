@@ -15,14 +15,15 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from polyak._checks import warn_user
+from polyak._checks import ArgumentError, listed, warn_user
 from polyak._file_errors import FileError, os_errors, reason
 from polyak._replacing import replacing
 from polyak._safetensors import LazyTensor, write_safetensors
+from polyak.names import NameMismatchError
 
 if sys.platform == "win32":
     import msvcrt
@@ -58,8 +59,8 @@ class StoredBlock:
     """How often it was merged."""
     clock: float
     """At its last sample."""
-    strides: Sequence[tuple[int, float]]
-    """How far the clock advanced to each sample: (how many samples in a row, stride)."""
+    runs: Sequence[tuple[float, float, int]]
+    """The clock at its samples, as `profiles.Run`; empty where the file has it."""
     mean_norm: float
     moment_norm: float
     """‖mean‖ and ‖moment‖ over all tensors."""
@@ -247,6 +248,53 @@ def open_tensors(folder: Path, stored: StoredFile, holding: str) -> dict[str, La
             f"{path}: its hash is {hasher.hexdigest()}, written was {stored.hash}: {damaged}"
         )
     return files.open_checkpoint(path).tensors
+
+
+def compare(folder: Path, found: Manifest, given: Manifest) -> None:
+    """Raise if the record of a folder is another model's, or was made with other settings."""
+    theirs, mine = ({t.name: t for t in one.tensors} for one in (found, given))
+    problems = [f"recorded, not in the model: {name!r}" for name in theirs if name not in mine]
+    problems += [f"in the model, not recorded: {name!r}" for name in mine if name not in theirs]
+    for name in sorted(theirs.keys() & mine.keys()):
+        there, here = (asdict(one[name]) for one in (theirs, mine))
+        problems += [
+            f"{name!r} has {key} {there[key]} in the record and {here[key]} in the model"
+            for key in there
+            if there[key] != here[key]
+        ]
+    if problems:
+        raise NameMismatchError(
+            f"{folder} has the record of another model:\n  "
+            + listed(problems, "\n  ")
+            + "\nChoose another folder, or record the model that it was made from."
+        )
+    changes = [
+        f"{key}: {getattr(found, key)} recorded, {getattr(given, key)} given"
+        for key in ("block", "dtype", "retain")
+        if getattr(found, key) != getattr(given, key)
+    ]
+    if changes:
+        raise ArgumentError(
+            f"the settings differ from those in {folder}:\n  "
+            + "\n  ".join(changes)
+            + "\nGive the recorded ones to go on, or choose another folder."
+        )
+
+
+def until(folder: Path, manifest: Manifest, clock: float) -> Manifest:
+    """Return the manifest without the blocks that end after ``clock``."""
+    kept = tuple(block for block in manifest.blocks if block.clock <= clock)
+    if len(kept) == len(manifest.blocks):
+        return manifest
+    cut = manifest.blocks[len(kept)]
+    begin = kept[-1].clock if kept else 0
+    if cut.merges and begin < clock:
+        raise ArgumentError(
+            f"resume_at={clock:g} is inside of a merged block of {folder}, from clock {begin:g} to "
+            f"{cut.clock:g}: go on from one of these, or with retain='all' in another folder"
+        )
+    last = manifest.last and replace(manifest.last, samples=None)
+    return replace(manifest, blocks=kept, last=last)
 
 
 def strays(folder: Path, manifest: Manifest | None) -> list[Path]:

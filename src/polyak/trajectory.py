@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -16,10 +18,11 @@ from polyak import _checks, kernels, profiles
 from polyak import _trajectory_folder as folders
 from polyak._checks import ArgumentError, number
 from polyak._file_errors import FileError
-from polyak._recording import MEAN, MOMENT, TrajectoryRecorder
+from polyak._recording import TrajectoryRecorder
 from polyak._safetensors import LazyTensor
+from polyak._trajectory_blocks import MEAN, MOMENT, clock_of, edges
 from polyak._trajectory_folder import StoredBlock
-from polyak.profiles import Block, Clocks, Fit, Profile, Run
+from polyak.profiles import Block, Clocks, Fit, Profile
 from polyak.schedules import Schedule
 
 __all__ = ["Reconstruction", "Trajectory", "TrajectoryRecorder"]
@@ -102,6 +105,11 @@ class Trajectory:
             )
         self._manifest = manifest
 
+    @functools.cached_property
+    def _clocks(self) -> Clocks:
+        found = [clock_of(self._folder, block) for block in self._manifest.blocks]
+        return Clocks(itertools.chain.from_iterable(found))
+
     @property
     def clock(self) -> float:
         """The clock at the last sample."""
@@ -115,17 +123,12 @@ class Trajectory:
     @property
     def blocks(self) -> list[Block]:
         """The blocks, each with the samples [start, stop) that it is made of."""
-        return _edges(self._manifest.blocks)
+        return edges(self._manifest.blocks)
 
     @property
     def clocks(self) -> Clocks:
         """The clock at every sample, for profiles."""
-        parts: list[Run | Tensor] = []
-        after = 0.0
-        for block in self._manifest.blocks:
-            parts += Clocks.strides(block.strides, after=after).parts
-            after = block.clock
-        return Clocks(parts)
+        return self._clocks
 
     @property
     def movement(self) -> Tensor:
@@ -205,7 +208,7 @@ class Trajectory:
         blocks = [block for block in self._manifest.blocks if block.start < length]
         clocks = self.clocks.first(length)
         movement = self._movement(blocks)
-        fits = [profiles.fit(_profile(one, clocks), _edges(blocks), movement) for one in targets]
+        fits = [profiles.fit(_profile(one, clocks), edges(blocks), movement) for one in targets]
         clock = float(clocks.values(length - 1, length))
         states = self._read(blocks, [fit.coefficients for fit in fits])
         completed = self._complete(states, length, blocks[-1])
@@ -242,7 +245,7 @@ class Trajectory:
         norms = torch.tensor(
             [(block.moment_norm, block.gap) for block in blocks], dtype=torch.float64
         ).nan_to_num(0.0, 0.0)
-        return profiles.movement_rate(_edges(blocks), norms[:, 0], norms[1:, 1])
+        return profiles.movement_rate(edges(blocks), norms[:, 0], norms[1:, 1])
 
     def _length(self, at: float | None) -> int:
         if not self._manifest.blocks:
@@ -252,7 +255,7 @@ class Trajectory:
         number("at", at, at_least=0)
         length = self.samples_until(at)
         if not length or at > self.clock:
-            first = self._manifest.blocks[0].strides[0][1]
+            first = float(self.clocks.values(0, 1))
             raise ArgumentError(
                 f"at={at:g} is not recorded: the clock is from {first:g} to {self.clock:g}"
             )
@@ -383,10 +386,6 @@ def _profile(target: Target, clocks: Clocks) -> Profile:
             f"{len(clocks)}: samples_until() tells how many"
         )
     return target
-
-
-def _edges(blocks: Sequence[StoredBlock]) -> list[Block]:
-    return [Block(block.start, block.stop) for block in blocks]
 
 
 def _averaging(name: str) -> torch.dtype:
