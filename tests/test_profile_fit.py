@@ -15,10 +15,11 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import polyak
 from polyak import profiles
+from polyak._profile import CHUNK
 from polyak.profiles import Block, Clocks, Fit, PowerFunction, Profile
 
 Array = npt.NDArray[np.float64]
@@ -102,6 +103,29 @@ def test_256_blocks_are_as_exact_as_a_few() -> None:
         best = optimum(dense(target, length), basis, 1.0)
         np.testing.assert_allclose(found, best, rtol=0, atol=1e-11)
         assert np.abs(found).sum() < 4
+
+
+def test_long_runs_are_fitted_as_short_ones_are() -> None:
+    # Pieces of the run end inside of blocks, and blocks inside of pieces.
+    length = 2 * CHUNK + 5000
+    target = profiles.of_schedule(polyak.Power(sigma_rel=0.15), Clocks.regular(length))
+    wanted = dense(target, length)
+    blocks = blocks_of([CHUNK + 100, 3000, length - CHUNK - 3100])
+    found = profiles.fit(target, blocks)
+    best = optimum(wanted, basis_of(blocks), 1.0)
+    np.testing.assert_allclose(found.coefficients.numpy().ravel(), best, rtol=0, atol=1e-9)
+    missed = (wanted - basis_of(blocks) @ best).cumsum() ** 2
+    parts = [missed[start:stop].sum() for start, stop in blocks]
+    np.testing.assert_allclose(found.cumulative.numpy(), parts, rtol=1e-6)
+
+    basis = [profiles.uniform(length), profiles.bema(length), profiles.window(9, CHUNK + 9)]
+    columns = np.stack([dense(one, length) for one in basis], 1)
+    other = profiles.fit_profiles(target, basis, blocks=blocks)
+    best = optimum(wanted, columns, 1.0)
+    np.testing.assert_allclose(other.coefficients.numpy(), best, rtol=0, atol=1e-9)
+    missed = (wanted - columns @ best).cumsum() ** 2
+    parts = [missed[start:stop].sum() for start, stop in blocks]
+    np.testing.assert_allclose(other.cumulative.numpy(), parts, rtol=1e-6)
 
 
 @given(SIZES, st.data())
@@ -335,6 +359,49 @@ def test_the_error_of_a_random_walk_is_predicted(sizes: list[int]) -> None:
             missed = dense(target, steps) - basis_of(blocks) @ found.coefficients.numpy().ravel()
             exact = math.sqrt(float((missed.cumsum()[:-1] ** 2 * speed[1:]).sum()))
             assert math.isclose(error, exact, rel_tol=0.1)
+
+
+def trained(name: str, steps: int) -> Tensor:
+    """Weights of a small network at each step of a training run, in float64."""
+    torch.manual_seed(0)
+    inputs = torch.randn(512, 10)
+    outputs = torch.tanh(inputs @ torch.randn(10, 3)) + 0.3 * torch.randn(512, 3)
+    net = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 3))
+    optimizer: torch.optim.Optimizer
+    if name == "SGD":
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, foreach=False)
+    else:
+        optimizer = torch.optim.Adam(net.parameters(), lr=4e-3, foreach=False)
+    found = []
+    for _ in range(steps):
+        batch = torch.randint(0, 512, (16,))
+        optimizer.zero_grad()
+        (net(inputs[batch]) - outputs[batch]).square().mean().backward()
+        optimizer.step()
+        found.append(nn.utils.parameters_to_vector(net.parameters()).detach().double())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_the_error_of_a_training_run_is_predicted(name: str) -> None:
+    steps = 1024
+    path, clocks = trained(name, steps), Clocks.regular(1024)
+    schedules = [polyak.Power(sigma_rel=sigma) for sigma in (0.02, 0.05, 0.1, 0.2, 0.25)]
+    targets = [profiles.of_schedule(schedule, clocks) for schedule in schedules]
+    targets += [profiles.window(100, 1000), profiles.bema(steps)]
+    ratios = []
+    for blocks in (blocks_of([64] * 16), dyadic(steps, 8, 4)):
+        stored = torch.tensor(basis_of(blocks)).T @ path
+        moments = torch.linalg.vector_norm(stored[1::2], dim=1)
+        gaps = torch.linalg.vector_norm(stored[2::2] - stored[:-2:2], dim=1)
+        movement = profiles.movement_rate(blocks, moments, gaps)
+        for target in targets:
+            found = profiles.fit(target, blocks)
+            made = found.coefficients.ravel() @ stored
+            error = float((made - target.weights(0, steps) @ path).norm())
+            ratios.append(error / profiles.predicted_error(found, movement))
+    assert min(ratios) > 0.2 and max(ratios) < 3.5
+    assert 0.6 < float(np.median(ratios)) < 1.4
 
 
 def test_fitting_by_the_movement_lowers_the_prediction() -> None:

@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -233,7 +232,8 @@ class Recursion(Profile):
 
     Args:
         length: the number of samples.
-        shares: returns the shares of samples ``start`` to ``stop`` − 1, float64.
+        shares: returns the shares of samples ``start`` to ``stop`` − 1, float64; that of the
+            first sample that counts is 1.
     """
 
     # Σ log(1 − w) over all later samples is kept once per so many samples.
@@ -241,17 +241,13 @@ class Recursion(Profile):
 
     def __init__(self, length: int, shares: Callable[[int, int], Tensor]) -> None:
         self._shares = shares
-        edges = [*range(0, length, self._GRID), length]
+        # From the end of the run to its beginning.
         self._after = [0.0]
-        survived = 1.0
-        for low, high in reversed(list(pairwise(edges))):
-            kept = float(torch.log1p(-shares(low, high)).sum())
-            self._after.append(self._after[-1] + kept)
-        # From the end of the run to its beginning; the whole run's stands last.
-        if length:
-            survived = math.exp(self._after.pop())
+        for low in reversed(range(self._GRID, length, self._GRID)):
+            kept = torch.log1p(-shares(low, min(low + self._GRID, length)))
+            self._after.append(self._after[-1] + float(kept.sum()))
         self._after.reverse()
-        super().__init__(length, 1 - survived)
+        super().__init__(length)
 
     def _weights(self, start: int, stop: int) -> Tensor:
         if start == stop:
