@@ -265,23 +265,23 @@ def test_any_strides_are_recorded(
 @pytest.mark.parametrize("retain", ["all", 2])
 def test_a_clock_that_never_runs_evenly_stands_in_the_files(tmp_path: Path, retain: Any) -> None:
     advances = torch.rand(400, dtype=torch.float64).add(0.5).tolist()
-    values = torch.randn(400).cumsum(0).tolist()
+    values = torch.randn(400, 64, dtype=torch.float64).cumsum(0)
     settings = {"block": 50, "retain": retain}
-    model = nn.Linear(1, 1, bias=False).double()
+    model = nn.Linear(64, 1, bias=False).double()
     for part in (slice(0, 130), slice(130, 400)):
         with TrajectoryRecorder(model, tmp_path, **settings) as recorder:
             for value, advance in zip(values[part], advances[part], strict=True):
-                nn.init.constant_(model.weight, value)
+                model.weight.data.copy_(value)
                 recorder.update(advance=advance)
     trajectory = Trajectory(tmp_path)
     expected = list(itertools.accumulate(advances))
     assert trajectory.clocks.values(0, 400).tolist() == pytest.approx(expected, rel=1e-12)
     assert (tmp_path / folders.MANIFEST).stat().st_size < 20_000 + 3_000 * len(trajectory.blocks)
-    run = torch.tensor(values, dtype=torch.float64)[:, None]
     schedule = polyak.Exponential(half_life=150)
-    exact = float(direct(run, schedule, trajectory.clocks))
+    exact = direct(values, schedule, trajectory.clocks)
     result = trajectory.reconstruct(schedule, beyond="ignore")
-    assert abs(scalar(result) - exact) < 4 * result.error * result.distance
+    error = float((result.state_dict["weight"][0] - exact).norm()) / result.distance
+    assert 0.2 < error / result.error < 3.5
     assert result.error < 0.2
 
 
