@@ -35,4 +35,4 @@ def on_post_build(config: MkDocsConfig) -> None:
         raise PluginError(f"public names that no API page documents: {', '.join(missing)}")
 
 
-MODULES = ("averaged_model", "weight_average", "schedules", "formulas", "names")
+MODULES = ("averaged_model", "weight_average", "schedules", "formulas", "names", "trajectory")

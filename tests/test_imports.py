@@ -27,6 +27,12 @@ FLOORS = (
     "_checks",
     "formulas",
     "schedules",
+    "_clocks",
+    "_profile",
+    "_schedule_profile",
+    "_fit",
+    "_fit_profiles",
+    "profiles",
     "kernels",
     "plans",
     "names",
@@ -48,6 +54,11 @@ FLOORS = (
     "_pickled",
     "_distributed_checkpoint",
     "files",
+    # Floor 2: recorded runs.
+    "_trajectory_folder",
+    "_trajectory_blocks",
+    "_recording",
+    "trajectory",
     # Floor 2: other libraries' layouts.
     "formats._contents",
     "formats._request",
@@ -100,10 +111,13 @@ PUBLIC = [
     "Power",
     "RampUp",
     "RampUpEMA",
+    "Reconstruction",
     "Schedule",
     "ScheduledAverage",
     "StochasticWeightAverage",
     "TensorFlowWarmup",
+    "Trajectory",
+    "TrajectoryRecorder",
     "Uniform",
     "WeightAverage",
     "annealed_momentum",
@@ -298,7 +312,7 @@ def test_public_names_are_frozen() -> None:
 
 
 # Subpackages and the shell have public names of their own, which their tests freeze.
-APART = ("_", "integrations", "formats", "files", "cli")
+APART = ("_", "integrations", "formats", "files", "profiles", "cli")
 
 
 @pytest.mark.parametrize("module", [name for name in FLOORS if not name.startswith(APART)])

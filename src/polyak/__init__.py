@@ -30,6 +30,7 @@ from polyak.schedules import (
     TensorFlowWarmup,
     Uniform,
 )
+from polyak.trajectory import Reconstruction, Trajectory, TrajectoryRecorder
 from polyak.weight_average import Distance, WeightAverage
 
 __version__ = "0.1.0"
@@ -49,10 +50,13 @@ __all__ = [
     "Power",
     "RampUp",
     "RampUpEMA",
+    "Reconstruction",
     "Schedule",
     "ScheduledAverage",
     "StochasticWeightAverage",
     "TensorFlowWarmup",
+    "Trajectory",
+    "TrajectoryRecorder",
     "Uniform",
     "WeightAverage",
     "annealed_momentum",

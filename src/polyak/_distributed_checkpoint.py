@@ -10,7 +10,7 @@ import io
 import math
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
@@ -21,27 +21,9 @@ from torch import Tensor
 from polyak._checks import whole
 from polyak._file_errors import FileError, os_errors, reason
 from polyak._pickled import unpickle
+from polyak._safetensors import LazyTensor
 
 INDEX = ".metadata"
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor in a file: what is known of it without reading it, and how to read it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its values."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def meta(self) -> Tensor:
-        """A tensor of this shape and dtype without values."""
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
 @dataclass(frozen=True)

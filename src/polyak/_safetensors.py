@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +40,25 @@ _DTYPES = {
 }
 
 
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file: what is known of it without reading it, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def meta(self) -> Tensor:
+        """A tensor of this shape and dtype without values."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
 def write_safetensors(
     path: Path, file: BinaryIO, state: Mapping[str, Any], told: Callable[[int], None]
 ) -> None:
@@ -49,13 +70,13 @@ def write_safetensors(
     Args:
         path: for messages.
         file: where to write.
-        state: tensors and values that JSON can hold.
+        state: tensors, which may be lazy ones, and values that JSON can hold.
         told: called with the count of bytes of each piece that was written.
 
     Raises:
         FileError: a name or a value that a safetensors file cannot hold.
     """
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {k: value for k, value in state.items() if isinstance(value, (Tensor, LazyTensor))}
     scalars = {key: value for key, value in state.items() if key not in tensors}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for key, value in scalars.items():
@@ -69,11 +90,12 @@ def write_safetensors(
         tensor = tensors[key]
         if not isinstance(key, str) or key in header:
             raise FileError(f"{path}: safetensors cannot hold a tensor of the name {key!r}")
-        if tensor.dtype not in _DTYPES or not kernels.is_plain(tensor) or tensor.is_meta:
+        if tensor.dtype not in _DTYPES or not _has_values(tensor):
+            where = f", {tensor.layout}, on {tensor.device}" if isinstance(tensor, Tensor) else ""
             raise FileError(
                 f"{path}: safetensors cannot hold {key!r}, a {type(tensor).__name__} of "
-                f"{tensor.dtype}, {tensor.layout}, on {tensor.device}; write to a name that ends "
-                "in .pt, or make it a plain tensor first"
+                f"{tensor.dtype}{where}; write to a name that ends in .pt, or make it a plain "
+                "tensor first"
             )
         begin, end = end, end + tensor.nbytes
         header[key] = {
@@ -85,9 +107,14 @@ def write_safetensors(
     head += b" " * (-len(head) % 8)
     file.write(struct.pack("<Q", len(head)) + head)
     for key in ordered:
-        for piece in _pieces(tensors[key]):
+        tensor = tensors[key]
+        for piece in _pieces(tensor.read() if isinstance(tensor, LazyTensor) else tensor):
             file.write(piece)
             told(len(piece))
+
+
+def _has_values(tensor: Tensor | LazyTensor) -> bool:
+    return isinstance(tensor, LazyTensor) or (kernels.is_plain(tensor) and not tensor.is_meta)
 
 
 def _pieces(tensor: Tensor) -> list[memoryview]:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from polyak import _pickled, kernels
 from polyak._distributed_checkpoint import INDEX, inside, open_folder
-from polyak._distributed_checkpoint import LazyTensor as LazyTensor
 from polyak._file_errors import FileError as FileError
 from polyak._file_errors import os_errors, reason
 from polyak._pickled import Unread
 from polyak._replacing import filling, replacing
 from polyak._safetensors import SCALARS, write_safetensors
+from polyak._safetensors import LazyTensor as LazyTensor
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
