@@ -69,6 +69,7 @@ FLOORS = (
     "formats._registry",
     "formats",
     # Floor 3: nobody imports these.
+    "cli._words",
     "cli._output",
     "cli._input",
     "cli._inspect",
