@@ -80,6 +80,7 @@ FLOORS = (
     "formats._registry",
     "formats",
     # Floor 3: nobody imports these.
+    "cli._words",
     "cli._output",
     "cli._input",
     "cli._inspect",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from polyak import formats
-from polyak.cli import _convert, _input, _inspect, _output
-from polyak.files import SUFFIXES, FileError
+from polyak.cli import _output
+from polyak.cli._words import LAYOUTS, SUFFIXES, WRITABLE
 
 Action = Callable[[], None]
 
@@ -38,24 +38,37 @@ def run(arguments: Sequence[str] | None) -> int:
         )
         # A command is run here and not in there, where errors would be caught and turned.
         if callable(done):
-            done()
-            return 0
+            return _perform(done)
         return done if isinstance(done, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:
         _output.abandon_stdout()
         return 141
-    except formats.FormatError as error:
-        return _fail(f"{error} {_HINT}", 1)
-    except (FileError, OSError) as error:
-        return _fail(str(error), 1)
     except Exception as error:
         # What the parser raises has this method, and no importable class that all versions share.
         format_message = getattr(error, "format_message", None)
         if format_message is None:
             raise
         return _fail(f"{format_message()} (polyak --help says more)", 2)
+
+
+def _perform(action: Action) -> int:
+    # Imported once it is known that there is something to do: torch takes seconds.
+    from polyak.files import FileError
+    from polyak.formats import FormatError
+
+    if sys.stdout is None:
+        return _fail("stdout is closed; send it to /dev/null if nobody reads it", 1)
+    try:
+        action()
+    except BrokenPipeError:
+        raise
+    except FormatError as error:
+        return _fail(f"{error} {_HINT}", 1)
+    except (FileError, OSError) as error:
+        return _fail(str(error), 1)
+    return 0
 
 
 _HINT = (
@@ -138,16 +151,16 @@ def _convert_command(
         str,
         typer.Option(
             "--to",
-            help=f"The layout to write: {', '.join(formats.WRITABLE)}.",
-            **_layout(formats.WRITABLE),
+            help=f"The layout to write: {', '.join(WRITABLE)}.",
+            **_layout(WRITABLE),
         ),
     ] = "plain",
     source_layout: Annotated[
         str,
         typer.Option(
             "--from",
-            help=f"The layout to read: auto, {', '.join(formats.FORMATS)}.",
-            **_layout(("auto", *formats.FORMATS)),
+            help=f"The layout to read: auto, {', '.join(LAYOUTS)}.",
+            **_layout(("auto", *LAYOUTS)),
         ),
     ] = "auto",
     at: Annotated[
@@ -163,15 +176,15 @@ def _convert_command(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(metavar="N", min=0, help="Updates so far, where the checkpoint has no count."),
+        typer.Option(metavar="N", min=0, help="Updates so far, whatever the checkpoint counts."),
     ] = None,
     names_from: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help=(
-                "For layouts without names: the model's state dict of torch.save, or a .txt of "
-                "names in the order of named_parameters(), one a line."
+                "For layouts without names: a .txt of the names of the parameters, in the order of "
+                "named_parameters(), one a line."
             ),
         ),
     ] = None,
@@ -193,6 +206,8 @@ def _convert_command(
 
     What the layout does not carry is said on stderr. OUT appears in one piece, or not at all.
     """
+    from polyak.cli import _convert, _input
+
     try:
         pairs = dict(map(_input.setting, settings or ()))
     except ValueError as error:
@@ -240,8 +255,8 @@ def _inspect_command(
         str,
         typer.Option(
             "--from",
-            help=f"The layout to read: auto, {', '.join(formats.FORMATS)}.",
-            **_layout(("auto", *formats.FORMATS)),
+            help=f"The layout to read: auto, {', '.join(LAYOUTS)}.",
+            **_layout(("auto", *LAYOUTS)),
         ),
     ] = "auto",
     at: Annotated[
@@ -257,6 +272,8 @@ def _inspect_command(
     """
 
     def action() -> None:
+        from polyak.cli import _inspect
+
         report = _inspect.inspect(path, layout, at)
         if not as_json:
             _inspect.put(report, tensors=tensors)

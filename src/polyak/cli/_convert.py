@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from polyak import files, formats
 from polyak._checks import listed
@@ -46,12 +44,13 @@ def convert(asked: Conversion) -> dict[str, Any]:
     with _input.readable(asked.source) as source:
         state = _input.part(asked.source, files.load(source), asked.at)
         layout = formats.detect(state) if asked.layout == "auto" else asked.layout
-        contents = formats.read(state, layout, names=None if names is None else list(names))
-        if names is not None:
-            _refuse_other_shapes(asked, names, contents.averages)
-        made = formats.write(
-            _with_steps(contents, asked.steps), asked.wanted, **_settings(asked, names)
-        )
+        contents = formats.read(state, layout, names=names)
+        counted = _with_steps(contents, asked.steps)
+        settings = _settings(asked, names)
+        made = formats.write(counted, asked.wanted, **settings)
+        kept = formats.read(made, asked.wanted)
+        _refuse_unused_steps(asked, kept.counters)
+        lost = _lost(asked, counted, kept, settings.get("names"))
         tensors = files.tensors_by_name(made)
         total = sum(one.nbytes for one in tensors.values())
         with _output.bar("writing", total) as advance:
@@ -69,17 +68,19 @@ def convert(asked: Conversion) -> dict[str, Any]:
         "notes": [
             *(f"{layout}: {note}" for note in contents.notes),
             *_input.unread(state),
-            *_lost(asked, contents, made),
+            *lost,
         ],
     }
 
 
-def _settings(asked: Conversion, names: dict[str, Any] | None) -> dict[str, Any]:
+def _settings(asked: Conversion, names: list[str] | None) -> dict[str, Any]:
     settings = {"which": asked.which, **asked.settings}
+    if not isinstance(settings.get("config", {}), dict):
+        raise formats.FormatError(f"config={settings['config']!r} must be an object of JSON")
     if asked.decay is not None:
         settings["decay"] = asked.decay
     if names is not None:
-        settings["names"] = list(names)
+        settings["names"] = names
     if asked.raw_from is not None:
         settings["raw"] = _input.model_weights(asked.raw_from)
     return settings
@@ -89,17 +90,53 @@ def _with_steps(contents: formats.Contents, steps: int | None) -> formats.Conten
     """Return the contents with the count that the user gave, under whatever name it is written."""
     if steps is None:
         return contents
-    return replace(contents, counters={**contents.counters, "steps": steps, "samples": steps})
+    others = {
+        name: value
+        for name, value in contents.counters.items()
+        if name.rpartition(".")[2] not in ("steps", "samples")
+    }
+    return replace(contents, counters={**others, "steps": steps, "samples": steps})
 
 
-def _lost(asked: Conversion, contents: formats.Contents, made: Mapping[str, Any]) -> list[str]:
-    """Return notes on what the written layout has no place for, seen by reading it again."""
-    kept = formats.read(made, asked.wanted)
+def _refuse_unused_steps(asked: Conversion, kept: Mapping[str, Any]) -> None:
+    written = {kept.get("steps"), kept.get("samples")} - {None}
+    if asked.steps is None or asked.steps in written:
+        return
+    if not written:
+        raise formats.FormatError(f"{asked.wanted} has no place for 'steps': leave out --steps.")
+    raise formats.FormatError(
+        f"--steps {asked.steps} is not what {asked.wanted} would say, but "
+        f"{listed([str(one) for one in written])}, from another setting: give one of them."
+    )
+
+
+def _lost(
+    asked: Conversion,
+    contents: formats.Contents,
+    kept: formats.Contents,
+    names: Sequence[str] | None,
+) -> list[str]:
+    """Return notes on what the written layout has no place for.
+
+    Args:
+        asked: the conversion.
+        contents: what was to be written.
+        kept: what was written, read again.
+        names: those of the parameters that were written, where the layout has none.
+    """
     others = len(contents.averages) - 1
     lost = [f"{others} of the averages"] if others > 0 and len(kept.averages) <= 1 else []
+    which = next(iter(contents.averages), "") if asked.which is None else asked.which
+    if kept.unnamed is not None:
+        lost += [
+            repr(name) for name in contents.averages.get(which, ()) if name not in (names or ())
+        ]
     if contents.raw is not None and kept.raw is None:
         lost.append("the model's own weights")
-    for before, after in ((contents.counters, kept.counters), (contents.settings, kept.settings)):
+    for before, after in (
+        (_counters_of(which, contents), kept.counters),
+        (contents.settings, kept.settings),
+    ):
         lost += [
             f"{name} = {value}"
             for name, value in before.items()
@@ -109,17 +146,11 @@ def _lost(asked: Conversion, contents: formats.Contents, made: Mapping[str, Any]
     return [*notes, f"{asked.wanted} does not carry: {listed(lost)}."] if lost else notes
 
 
-def _refuse_other_shapes(
-    asked: Conversion,
-    names: dict[str, tuple[int, ...] | None],
-    averages: dict[str, dict[str, Tensor]],
-) -> None:
-    for average in averages.values():
-        for name, shape in names.items():
-            found = average.get(name)
-            if found is not None and shape is not None and tuple(found.shape) != shape:
-                raise FileError(
-                    f"{asked.names_from}: {name!r} has the shape {shape} there, and "
-                    f"{tuple(found.shape)} in {asked.source}; give the names of the model that "
-                    "was averaged, in the order of named_parameters()"
-                )
+def _counters_of(which: str, contents: formats.Contents) -> dict[str, Any]:
+    """Return the counters without those of averages that were not chosen."""
+    found = {}
+    for name, value in contents.counters.items():
+        key, _, bare = name.rpartition(".")
+        if not key or key == which or key not in contents.averages:
+            found[bare if key == which else name] = value
+    return found

@@ -17,23 +17,56 @@ from polyak import files
 from polyak._checks import listed
 from polyak.files import FileError, load, tensors_by_name
 
-# Buffers of torch's normalisations, which stand among the parameters in a state dict.
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+WRITE_NAMES = (
+    'import pathlib; pathlib.Path("names.txt").write_text('
+    r'"\n".join(name for name, _ in model.named_parameters()))'
+)
+"""The line of Python that writes the file for ``--names-from``."""
+
+# Settings that have an option of their own, or whose values are tensors.
+_NOT_SET = {
+    "buffers": "takes tensors, which cannot be typed",
+    "contents": "is no setting",
+    "format": "is no setting: say --to",
+    "raw": "takes tensors: say --raw-from",
+}
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[Path]:
     """Yield a path to read from: for ``-`` that of a temporary copy of stdin."""
     if str(path) != "-":
-        yield path
+        with _in_words(path):
+            yield path
         return
+    if sys.stdin is None:
+        raise FileError("-: stdin is closed; name a file")
     if sys.stdin.isatty():
         raise FileError("-: nothing is piped into stdin; name a file")
     with tempfile.TemporaryDirectory(prefix="polyak-") as folder:
         copy = Path(folder) / "stdin"
         with open(copy, "wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
-        yield copy
+        with _in_words(path):
+            yield copy
+
+
+@contextmanager
+def _in_words(path: Path) -> Iterator[None]:
+    """Raise `FileError` for contents that nothing here can walk through."""
+    try:
+        yield
+    except RecursionError:
+        raise FileError(
+            f"{path}: its dictionaries hold themselves, or stand too deep in one another; save "
+            "the state dict alone"
+        ) from None
+    except RuntimeError as error:
+        if "NestedTensor" not in str(error):
+            raise
+        raise FileError(
+            f"{path}: holds a nested tensor, which has no shape; save what its unbind() returns"
+        ) from error
 
 
 def part(path: Path, state: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
@@ -57,36 +90,25 @@ def unread(state: Mapping[str, Any]) -> list[str]:
     return [f"Not read, being objects of other libraries: {listed(found)}."] if found else []
 
 
-def names_from(path: Path) -> dict[str, tuple[int, ...] | None]:
-    """Return the names of a model's parameters in their order, with shapes where they are known.
-
-    Args:
-        path: a text file of names, one a line; or a state dict of ``torch.save``, of which the
-            buffers of normalisations and the second names of tied tensors are left out.
+def names_from(path: Path) -> list[str]:
+    """Return the names of a model's parameters in their order, one a line of a ``.txt``.
 
     Raises:
-        FileError: safetensors, which does not keep the order; no names.
+        FileError: a file of another kind, or without names. A state dict is one: it has buffers
+            among the parameters, and nothing in it says which they are.
     """
-    if path.suffix == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FileError(f"{path}: cannot be read as text ({error}); check the path") from error
-        found: dict[str, tuple[int, ...] | None] = {n.strip(): None for n in lines if n.strip()}
-    else:
-        if path.is_dir() or path.name.endswith((".safetensors", ".index.json")):
-            raise FileError(
-                f"{path}: safetensors does not keep the order of names; give a state dict of "
-                "torch.save, or a .txt of names in the order of named_parameters(), one a line"
-            )
-        found, seen = {}, set()
-        for name, tensor in model_weights(path).items():
-            memory = (tensor.data_ptr(), tensor.shape, tensor.stride())
-            if name.rpartition(".")[2] not in _BUFFERS and memory not in seen:
-                seen.add(memory)
-                found[name] = tuple(tensor.shape)
+    if path.suffix != ".txt":
+        raise FileError(
+            f"{path}: give the names in a .txt, one a line; weights do not tell parameters from "
+            f"buffers. In Python: {WRITE_NAMES}"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{path}: cannot be read as text ({error}); check the path") from error
+    found = [line.strip() for line in lines if line.strip()]
     if not found:
-        raise FileError(f"{path}: holds no names of parameters; give a model's state dict")
+        raise FileError(f"{path}: holds no names of parameters. In Python: {WRITE_NAMES}")
     return found
 
 
@@ -110,7 +132,7 @@ def setting(text: str) -> tuple[str, Any]:
     """Return ``key=value``, the value as JSON where it is such and as text where not.
 
     Raises:
-        ValueError: no key, or no equals sign.
+        ValueError: no key, or no equals sign, or a key that cannot be set so.
 
     Example:
         >>> setting("min_decay=0.5"), setting("device=cpu")
@@ -119,6 +141,8 @@ def setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise ValueError(f"{text!r} is not of the form key=value")
+    if key in _NOT_SET:
+        raise ValueError(f"{key} {_NOT_SET[key]}")
     try:
         return key, json.loads(value)
     except ValueError:

@@ -33,6 +33,7 @@ def inspect(path: Path, layout: str = "auto", at: str | None = None) -> dict[str
 
     Raises:
         FileError: a file that cannot be read.
+        FormatError: the layout is one that was named, and not that of the checkpoint.
     """
     with _input.readable(path) as source:
         opened = open_checkpoint(source)
@@ -80,7 +81,7 @@ def nonfinite(tensor: Tensor) -> Found:
     if tensor.layout is not torch.strided:
         tensor = tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor
         tensor = tensor.values()
-    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     nan = inf = 0
     for piece in torch.split(values.reshape(-1), _PIECE):
         # Eight-bit floats have no such functions of their own.
@@ -92,13 +93,27 @@ def nonfinite(tensor: Tensor) -> Found:
 
 
 def _contents(state: Mapping[str, Any], layout: str) -> dict[str, Any]:
-    """Return what the layout says, or why none is known."""
+    """Return what the layout says, or why none is known.
+
+    Raises:
+        FormatError: the layout is one that was named, and not that of the checkpoint.
+    """
     try:
         known = formats.detect(state) if layout == "auto" else layout
         contents = formats.read(state, known)
     except (formats.FormatError, NotImplementedError) as error:
+        if layout != "auto" and isinstance(error, formats.FormatError):
+            raise
         # The second where a layout compares values of tensors that have not been read.
-        return {"layout": None, "notes": [" ".join(str(error).split()), *_input.unread(state)]}
+        return {
+            "layout": None,
+            "averages": {},
+            "unnamed": None,
+            "raw": None,
+            "counters": {},
+            "settings": {},
+            "notes": [" ".join(str(error).split()), *_input.unread(state)],
+        }
     return {
         "layout": known,
         "averages": {key: _counts(one) for key, one in contents.averages.items()},
@@ -132,19 +147,20 @@ def _size(path: Path) -> int:
 def put(report: dict[str, Any], *, tensors: bool) -> None:
     """Print a report as tables."""
     table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True, style="bold")
+    table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
 
     def row(head: str, *lines: str) -> None:
-        table.add_row(head, Text("\n".join(_output.shown(line) for line in lines)))
+        # Texts, since rich would read brackets and colons in a string as markup.
+        table.add_row(Text(head, "bold"), Text("\n".join(_output.shown(line) for line in lines)))
 
     row("path", report["path"])
     row("file", f"{report['kind']}, {_output.size(report['size'])}")
     row("layout", report["layout"] or "not known")
-    for key, counts in report.get("averages", {}).items():
+    for key, counts in report["averages"].items():
         row(f"average {_output.shown(key)}".strip(), _counted(counts))
     for key in ("unnamed", "raw"):
-        if report.get(key) is not None:
+        if report[key] is not None:
             row({"unnamed": "average"}.get(key, key), _counted(report[key]))
     for key in ("counters", "settings", "metadata"):
         if report.get(key):
@@ -169,8 +185,8 @@ def _all(tensors: list[dict[str, Any]]) -> Table:
         table.add_column(head, overflow="fold", justify="right" if head == "bytes" else "left")
     for one in tensors:
         shape = "×".join(map(str, one["shape"])) or "()"
-        name = Text(_output.shown(one["name"]))
-        table.add_row(name, shape, one["dtype"], f"{one['bytes']:,}", _told(one))
+        cells = (_output.shown(one["name"]), shape, one["dtype"], f"{one['bytes']:,}", _told(one))
+        table.add_row(*map(Text, cells))
     return table
 
 

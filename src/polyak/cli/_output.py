@@ -21,8 +21,13 @@ UNBOUNDED = 100_000
 
 
 def put(text: str, stream: TextIO | None = None) -> None:
-    """Write a text, its characters that the stream cannot show replaced by escapes."""
+    """Write a text, its characters that the stream cannot show replaced by escapes.
+
+    A stream is None where it was closed before the program began: then nothing is written.
+    """
     stream = stream or sys.stdout
+    if stream is None:
+        return
     encoding = stream.encoding or "utf-8"
     # Line by line: unbuffered streams do not notice that a long text was taken in part.
     for line in text.split("\n"):
@@ -32,7 +37,8 @@ def put(text: str, stream: TextIO | None = None) -> None:
 
 def warn(kind: str, message: str) -> None:
     """Write one line to stderr: what kind of message it is, and the message."""
-    put(f"{kind}: {shown(' '.join(message.split()))}", sys.stderr)
+    if sys.stderr is not None:
+        put(f"{kind}: {shown(' '.join(message.split()))}", sys.stderr)
 
 
 def shown(text: object) -> str:
@@ -41,8 +47,8 @@ def shown(text: object) -> str:
 
 
 def put_json(value: Mapping[str, Any]) -> None:
-    """Write a mapping as JSON that every reader takes."""
-    put(json.dumps(plain(value), ensure_ascii=False, indent=2, allow_nan=False))
+    """Write a mapping as JSON that every reader takes, whatever the encoding of stdout."""
+    put(json.dumps(plain(value), indent=2, allow_nan=False))
 
 
 def plain(value: Any) -> Any:
@@ -82,8 +88,8 @@ def size(count: int) -> str:
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar on stderr while much is read or written, if a terminal is there to show it."""
-    console = Console(stderr=True)
-    if total < LARGE or not console.is_terminal:
+    console = None if sys.stderr is None else Console(stderr=True)
+    if console is None or total < LARGE or not console.is_terminal:
         yield lambda count: None
         return
     columns = (

@@ -48,6 +48,7 @@ class WeightAverageCallback(Callback):
             clock of steps is ``trainer.global_step``.
         on_change: what resuming does where the schedules, ``start`` or ``every`` were changed:
             see `WeightAverage.load_state_dict`.
+        writable: whether validation may write to parameters, at the cost of a second copy.
         **settings: further arguments of `WeightAverage`, such as ``device``, ``buffers``,
             ``every``, ``start`` and ``exclude``.
 
@@ -73,6 +74,7 @@ class WeightAverageCallback(Callback):
         advance: float | Callable[[], float] = 1,
         optimizer: int | None = None,
         on_change: OnChange = "raise",
+        writable: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -81,6 +83,7 @@ class WeightAverageCallback(Callback):
         self._advance = advance
         self._optimizer = optimizer
         self._on_change: OnChange = on_change
+        self._writable = writable
         self._settings = settings
         self._saved: Mapping[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
@@ -225,7 +228,8 @@ class WeightAverageCallback(Callback):
     def _apply(self, pl_module: LightningModule) -> None:
         if self.average is not None and self.average.samples:
             self._applied = ExitStack()
-            self._applied.enter_context(self.average.applied_to(pl_module, self._which))
+            applied = self.average.applied_to(pl_module, self._which, writable=self._writable)
+            self._applied.enter_context(applied)
 
     def _restore(self) -> None:
         if self._applied is not None:

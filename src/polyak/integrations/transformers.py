@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,7 @@ class WeightAverageCallback(TrainerCallback):  # type: ignore[misc]
         advance: what each update advances the clock by, or a function that returns it.
         on_change: what resuming does where the schedules, ``start`` or ``every`` were changed:
             see `WeightAverage.load_state_dict`.
+        writable: whether evaluations may write to parameters, at the cost of a second copy.
         **settings: further arguments of `WeightAverage`, such as ``device``, ``every``,
             ``start`` and, for adapters, ``trainable_only=True``.
 
@@ -73,6 +75,7 @@ class WeightAverageCallback(TrainerCallback):  # type: ignore[misc]
         which: str | int | None = None,
         advance: float | Callable[[], float] = 1,
         on_change: OnChange = "raise",
+        writable: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -80,15 +83,33 @@ class WeightAverageCallback(TrainerCallback):  # type: ignore[misc]
         self._which = which
         self._advance = advance
         self._on_change: OnChange = on_change
+        self._writable = writable
         self._settings = settings
+        self._trainers: weakref.WeakSet[Trainer] = weakref.WeakSet()
         self._in_train = False
         self._resumed: str | None = None
         self._handle: RemovableHandle | None = None
 
     def add_to(self, trainer: Trainer) -> WeightAverageCallback:
-        """Add the callback to a trainer, of this class or a child of it, and return it."""
-        if not any(other is self for other in trainer.callback_handler.callbacks):
+        """Add the callback to a trainer, of this class or a child of it, and return it.
+
+        Adding it to the same trainer again does nothing.
+
+        Raises:
+            RuntimeError: the trainer has another `WeightAverageCallback`.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        if any(isinstance(o, WeightAverageCallback) and o is not self for o in callbacks):
+            raise RuntimeError(
+                f"the trainer has another {WeightAverageCallback.__name__}, and both would write "
+                f"{FOLDER}/state.pt: give one callback several schedules, as in "
+                f"{type(self).__name__}({{'a': ..., 'b': ...}}, which='a')"
+            )
+        if not any(other is self for other in callbacks):
             trainer.add_callback(self)
+        if trainer in self._trainers:
+            return self
+        self._trainers.add(trainer)
         train, evaluation_loop = trainer.train, trainer.evaluation_loop
 
         @functools.wraps(train)
@@ -206,7 +227,7 @@ class WeightAverageCallback(TrainerCallback):  # type: ignore[misc]
         if self._handle is None or average is None or not average.samples:
             yield
             return
-        with average.applied_to(model, self._which):
+        with average.applied_to(model, self._which, writable=self._writable):
             yield
 
     def _load(self, average: WeightAverage, checkpoint: str) -> bool:

@@ -1,0 +1,40 @@
+"""What options can be given, written down again so that help and completion load no torch."""
+
+LAYOUTS = (
+    "torch",
+    "mmengine",
+    "averaged-model",
+    "mmengine-checkpoint",
+    "mmagic",
+    "openmmlab-1",
+    "timm",
+    "timm-checkpoint",
+    "ema-pytorch",
+    "posthoc-ema",
+    "posthoc-ema-file",
+    "torch-ema",
+    "diffusers",
+    "diffusers-pretrained",
+    "lightning",
+    "nemo",
+    "composer",
+    "edm2",
+    "d2go",
+    "weight-average",
+    "plain",
+)
+WRITABLE = (
+    "torch",
+    "mmengine",
+    "averaged-model",
+    "mmengine-checkpoint",
+    "timm",
+    "timm-checkpoint",
+    "ema-pytorch",
+    "torch-ema",
+    "diffusers",
+    "diffusers-pretrained",
+    "lightning",
+    "plain",
+)
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
