@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import polyak
-from polyak import files, formats
+from polyak import _pickled, files, formats
 from polyak.cli import _inspect, _words, main
 
 TIMEOUT = 120
@@ -181,7 +181,7 @@ def test_dictionaries_without_an_end_are_refused(
     made: Callable[[], dict[str, Any]],
 ) -> None:
     # Pickling them needs more depth than some versions of Python allow.
-    monkeypatch.setattr(files._pickled, "load_torch", lambda path: made())
+    monkeypatch.setattr(_pickled, "load_torch", lambda path: made())
     Path("x.pt").write_bytes(b"PK\x03\x04")
     assert main([*command, "x.pt"]) == 1
     assert "x.pt: its dictionaries hold themselves, or stand too deep" in error_of(capsys)

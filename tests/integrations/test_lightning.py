@@ -218,7 +218,7 @@ def test_validation_writes_to_parameters_where_it_may(tmp_path: Path, writable: 
     class Writing(Recorder):
         def validation_step(self, batch: Tensor, batch_idx: int) -> None:
             with torch.no_grad():
-                self.net[0].weight.add_(1)
+                next(self.net.parameters()).add_(1)
 
     module, plain, averaging = Writing(), Recorder(), callback(writable=writable)
     run = trainer(tmp_path, [averaging], num_sanity_val_steps=0)
