@@ -213,6 +213,27 @@ def test_validation_sees_the_average_and_training_its_own_weights(tmp_path: Path
         assert_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("writable", [False, True])
+def test_validation_writes_to_parameters_where_it_may(tmp_path: Path, writable: bool) -> None:
+    class Writing(Recorder):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            with torch.no_grad():
+                next(self.net.parameters()).add_(1)
+
+    module, plain, averaging = Writing(), Recorder(), callback(writable=writable)
+    run = trainer(tmp_path, [averaging], num_sanity_val_steps=0)
+    if not writable:
+        with pytest.raises(RuntimeError, match="writable=True"):
+            run.fit(module)
+        return
+    run.fit(module)
+    trainer(tmp_path).fit(plain)
+    # Neither the training nor its average has seen what was written.
+    assert averaging.average is not None and averaging.average.samples == BATCHES
+    for one, other in zip(module.trajectory, plain.trajectory, strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 @pytest.mark.parametrize("error", [ValueError("bad batch"), KeyboardInterrupt()])
 def test_an_exception_in_validation_brings_the_weights_back(
     tmp_path: Path, error: BaseException

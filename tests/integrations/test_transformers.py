@@ -175,6 +175,48 @@ def test_without_add_to_training_is_refused(tmp_path: Path) -> None:
         run.train()
 
 
+def test_adding_it_twice_is_adding_it_once(tmp_path: Path) -> None:
+    averaging = callback()
+    run = trainer(tmp_path, Recorder(), averaging, eval_strategy="steps", eval_steps=5)
+    train = run.train
+    assert averaging.add_to(run) is averaging and run.train is train
+    run.train()
+    assert averaging.average is not None and averaging.average.samples == STEPS
+
+
+def test_two_averages_of_one_trainer_are_refused(tmp_path: Path) -> None:
+    averaging = callback()
+    run = trainer(tmp_path, Recorder(), averaging)
+    train, other = run.train, callback()
+    with pytest.raises(RuntimeError, match=r"both would write weight_average/state\.pt"):
+        other.add_to(run)
+    assert run.train is train and other not in run.callback_handler.callbacks
+    run.remove_callback(averaging)
+    other.add_to(run)
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_evaluations_write_to_parameters_where_they_may(tmp_path: Path, writable: bool) -> None:
+    class Writing(Recorder):
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            with torch.no_grad():
+                kwargs["model"].lm_head.weight.add_(1)
+
+    seen = Recorder()
+    trainer(tmp_path / "plain", seen).train()
+    recorder, averaging = Writing(), callback(writable=writable)
+    run = trainer(tmp_path, recorder, averaging, eval_strategy="steps", eval_steps=5)
+    if not writable:
+        with pytest.raises(RuntimeError, match="writable=True"):
+            run.train()
+        return
+    run.train()
+    # Neither the training nor its average has seen what was written.
+    assert averaging.average is not None and averaging.average.samples == STEPS
+    for one, other in zip(recorder.trajectory, seen.trajectory, strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def test_sharded_training_is_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, Recorder(), callback())
     run.is_fsdp_enabled = True
