@@ -54,7 +54,7 @@ def run(arguments: Sequence[str] | None) -> int:
 
 
 def _perform(action: Action) -> int:
-    # Imported once it is known that there is something to do: torch takes seconds.
+    # Imported once it is known that there is something to do.
     from polyak.files import FileError
     from polyak.formats import FormatError
 

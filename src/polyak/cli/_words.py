@@ -1,4 +1,7 @@
-"""What options can be given, written down again so that help and completion load no torch."""
+"""What options can be given, so that help and completion load no reader of files.
+
+The package itself imports torch all the same. A test holds these to the layouts' own names.
+"""
 
 LAYOUTS = (
     "torch",
